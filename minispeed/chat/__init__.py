@@ -1,0 +1,1 @@
+"""The chat loop: conversations in, a model that answers out."""

@@ -1,0 +1,1 @@
+"""The model on one device: attention, the GPT, its initial weights, generation."""
