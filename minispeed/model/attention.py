@@ -1,0 +1,204 @@
+"""Look back over the tokens: scaled dot-product attention, three times behind one signature.
+
+    attention(q, k, v) = softmax(q k^T / sqrt(K) + mask) v
+
+`reference` is the formula, and holds the (T, S) scores. `tiled` walks over blocks of keys and corrects a running
+softmax as it goes, so its extra memory is linear in T; its backward computes the scores again, tile by tile. `fused`
+is torch's kernel. All three know grouped-query heads, packed documents and queries that continue a cache of keys.
+
+Attention: Vaswani et al. 2017, section 3.2.1 (https://arxiv.org/abs/1706.03762). Online softmax: Milakov & Gimelshein
+2018 (https://arxiv.org/abs/1805.02867). Tiles and their backward: FlashAttention, Dao et al. 2022, sections 3.1 and B.4
+(https://arxiv.org/abs/2205.14135). Grouped queries: Ainslie et al. 2023 (https://arxiv.org/abs/2305.13245).
+
+Letters: B batch, H heads, G key/value heads (G divides H, R = H / G share one), T queries, S keys, K head dim.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minispeed.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which of T queries may look at which of S keys. Every query must be left at least one key.
+
+    causal      query i looks at keys up to offset + i
+    offset      how many keys stand before the first query (a cache), 0 without one
+    queries     document of each query, (B, T), or None where every row is one document
+    keys        document of each key, (B, S); given exactly when `queries` is
+    """
+
+    num_queries: int
+    num_keys: int
+    causal: bool = True
+    offset: int = 0
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+    def allowed(self, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
+        """Return the block of the mask at `rows` x `columns`, (1 or B, 1, t, s) bool, None if all is allowed."""
+        seen = None
+        if self.causal and columns.stop - 1 > self.offset + rows.start:
+            last = torch.arange(self.offset + rows.start, self.offset + rows.stop, device=device)
+            seen = (torch.arange(columns.start, columns.stop, device=device) <= last[:, None])[None, None]
+        if self.queries is not None and self.keys is not None:
+            same = self.queries[:, None, rows, None] == self.keys[:, None, None, columns]  # (B, 1, t, s)
+            seen = same if seen is None else seen & same
+        return seen
+
+    @cached_property
+    def dense(self) -> Tensor | None:
+        """The whole mask, built once and shared by every layer.  (1 or B, 1, T, S) bool"""
+        device = torch.device("cpu") if self.queries is None else self.queries.device
+        return self.allowed(slice(0, self.num_queries), slice(0, self.num_keys), device)
+
+    def is_plain(self) -> bool:
+        """Whether the kernel's own causal flag says the same."""
+        return self.causal and self.offset == 0 and self.num_queries == self.num_keys and self.queries is None
+
+    def reaches(self, rows: slice, columns: slice) -> bool:
+        """Whether any query of `rows` may look at any key of `columns`, by order alone."""
+        return not self.causal or columns.start <= self.offset + rows.stop - 1
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Compute the formula as it is written.
+
+    Reads   q (B, H, T, K); k, v (B, G, S, K)
+    Holds   the scores for backward, B H T S elements, twice
+    Returns (B, H, T, K), in q's dtype; half precision takes its softmax in fp32
+    """
+    num_shares = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(num_shares, dim=1) for x in (k, v))  # (B, G, S, K) -> (B, H, S, K)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    if mask.dense is not None:
+        scores = scores.masked_fill(~mask.dense.to(q.device), -math.inf)
+    return scores.softmax(dim=-1).to(q.dtype) @ v
+
+
+def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, tile: int = 128) -> Tensor:
+    """Compute the same from tiles of `tile` queries and `tile` keys, never holding more scores than one tile's.
+
+    Reads   q (B, H, T, K); k, v (B, G, S, K)
+    Holds   its inputs, its output and one number per query (the log of the softmax's sum), B H T elements
+    Returns (B, H, T, K), in q's dtype; sums are kept in fp32 or wider
+
+    FlashAttention, Dao et al. 2022, algorithm 1 and, backward, algorithm 4.
+    """
+    if tile < 1:
+        raise UserError(f"a tile holds at least 1 token, got {tile}", fix="tile=128")
+    return _Tiled.apply(q, k, v, mask, tile)  # type: ignore[no-any-return]
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Let torch's `scaled_dot_product_attention` choose its kernel; a dense mask only where one is needed."""
+    plain = mask.is_plain()
+    dense = None if plain or mask.dense is None else mask.dense.to(q.device)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, is_causal=plain, enable_gqa=grouped)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask], Tensor]] = {
+    "reference": reference,
+    "tiled": tiled,
+    "fused": fused,
+}
+
+
+def implementation(name: str) -> Callable[[Tensor, Tensor, Tensor, Mask], Tensor]:
+    """Return the attention called `name`; UserError names the nearest if there is none."""
+    if name not in IMPLEMENTATIONS:
+        alike = nearest(name, IMPLEMENTATIONS) or "fused"
+        raise UserError(f"no attention is called {name!r}; there are {', '.join(IMPLEMENTATIONS)}", fix=alike)
+    return IMPLEMENTATIONS[name]
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def _tile_scores(q: Tensor, k: Tensor, mask: Mask, rows: slice, columns: slice) -> Tensor:
+    """Return the masked scores of one tile, in fp32 or wider.  (B, G, R, t, K), (B, G, 1, s, K) -> (B, G, R, t, s)"""
+    scores = (q[..., rows, :] @ k[..., columns, :].transpose(-2, -1)) / math.sqrt(q.shape[-1])
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    allowed = mask.allowed(rows, columns, q.device)
+    return scores if allowed is None else scores.masked_fill(~allowed[:, :, None], -math.inf)
+
+
+def _by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Line the query heads up with the key head they share.  -> (B, G, R, T, K), (B, G, 1, S, K) twice"""
+    return q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, tile: int) -> Tensor:
+        qg, kg, vg = _by_group(q, k, v)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = torch.empty_like(qg)
+        log_sum = qg.new_empty(qg.shape[:-1], dtype=wide)  # (B, G, R, T)
+        for rows in _slices(q.shape[2], tile):
+            top = qg.new_full(
+                qg[..., rows, 0].shape, -math.inf, dtype=wide
+            )  # largest score so far, (B, G, R, t)
+            total = torch.zeros_like(top)  # sum of exp(score - top) so far
+            mixed = torch.zeros_like(qg[..., rows, :], dtype=wide)  # the same sum, of values
+            for columns in _slices(k.shape[2], tile):
+                if not mask.reaches(rows, columns):
+                    break
+                scores = _tile_scores(qg, kg, mask, rows, columns)
+                new_top = torch.maximum(top, scores.amax(-1))
+                # a query that has not met an allowed key yet: exp(-inf - 0) = 0 where -inf - -inf would be nan
+                base = new_top.masked_fill(new_top == -math.inf, 0)
+                weights = (scores - base[..., None]).exp()
+                shrink = (top - base).exp()
+                total = total * shrink + weights.sum(-1)
+                mixed = mixed * shrink[..., None] + weights @ vg[..., columns, :].to(wide)
+                top = new_top
+            out[..., rows, :] = (mixed / total[..., None]).to(q.dtype)
+            log_sum[..., rows] = top + total.log()
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        ctx.mask, ctx.tile = mask, tile
+        return out.flatten(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sum = ctx.saved_tensors
+        qg, kg, vg = _by_group(q, k, v)
+        wide = log_sum.dtype
+        grad_out = grad_out.view_as(out).to(wide)
+        inner = (grad_out * out).sum(
+            -1, keepdim=True
+        )  # sum of weight x its gradient, per query: (B, G, R, T, 1)
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (qg, kg, vg))
+        for rows in _slices(q.shape[2], ctx.tile):
+            for columns in _slices(k.shape[2], ctx.tile):
+                if not ctx.mask.reaches(rows, columns):
+                    break
+                scores = _tile_scores(qg, kg, ctx.mask, rows, columns)
+                weights = (scores - log_sum[..., rows, None]).exp()  # the softmax itself, (B, G, R, t, s)
+                grad_weights = grad_out[..., rows, :] @ vg[..., columns, :].to(wide).transpose(-2, -1)
+                grad_scores = weights * (grad_weights - inner[..., rows, :]) / math.sqrt(q.shape[-1])
+                grad_q[..., rows, :] += grad_scores @ kg[..., columns, :].to(wide)
+                # the R query heads of a group share a key head: their gradients add up
+                grad_k[..., columns, :] += (grad_scores.mT @ qg[..., rows, :].to(wide)).sum(2, keepdim=True)
+                grad_v[..., columns, :] += (weights.mT @ grad_out[..., rows, :]).sum(2, keepdim=True)
+        return (
+            grad_q.view_as(q).to(q.dtype),
+            grad_k.view_as(k).to(k.dtype),
+            grad_v.view_as(v).to(v.dtype),
+            None,
+            None,
+        )

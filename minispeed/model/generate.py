@@ -1,0 +1,149 @@
+"""Let the model write: prompts of unequal length in one batch, one token per row and step, keys and values cached.
+
+Each step reads only the newest token of every row; what came before lies in the cache. Prompts are padded on the left,
+so that all rows grow at the same column, and padding is a document of its own that no token looks at.
+
+Sampling: temperature, then top-k, then top-p (nucleus sampling, Holtzman et al. 2019, section 3.1,
+https://arxiv.org/abs/1904.09751).
+
+Letters: B batch, T tokens of the longest prompt, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minispeed.errors import UserError
+from minispeed.model.cache import Cache
+from minispeed.model.gpt import GPT
+
+PADDING, PROMPT = -1, 0  # document ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: the likeliest at temperature 0, else drawn.
+
+    top_k  only the k likeliest (0: all); top_p  only the fewest that together have at least this probability
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is at least 0, got {self.temperature}", fix="--temperature 0.7")
+        if self.top_k < 0:
+            raise UserError(f"top-k counts tokens, got {self.top_k}", fix="--top-k 50, or 0 for all")
+        if not 0 < self.top_p <= 1:
+            raise UserError(
+                f"top-p is a probability above 0 and at most 1, got {self.top_p}", fix="--top-p 0.95"
+            )
+
+    def choose(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return one token for each row.  (B, V) -> (B,)"""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        kept = self.keep(logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature)
+        return torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
+
+    def keep(self, logits: Tensor) -> Tensor:
+        """Return the logits with every token that top-k or top-p leaves out at -inf.  (B, V) -> (B, V)"""
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(logits.shape[-1], device=logits.device)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability  # what the likelier ones have together
+        out = before >= self.top_p if self.top_p < 1 else torch.zeros_like(before, dtype=torch.bool)
+        if self.top_k:
+            out = out | (rank >= self.top_k)
+        return logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), float("-inf"))
+
+
+class Answer(NamedTuple):
+    """What a row wrote, without the stop token; `stopped` says whether it ended by itself."""
+
+    tokens: list[int]
+    stopped: bool
+
+
+@torch.no_grad()
+def decode(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new: int,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next token of every row, (B,) int64, up to `max_new` times. The caller stops it.
+
+    Raises  UserError if a prompt is empty or the longest leaves no room in the model's positions
+    """
+    room = check_room(model, prompts, max_new)
+    sampling = sampling or Sampling()
+    device = model.embed.tokens.weight.device
+    T = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
+    places = torch.tensor([[i - (T - len(p)) for i in range(T)] for p in prompts], device=device)
+    documents = torch.where(places < 0, PADDING, PROMPT)
+    positions = places.clamp(min=0)
+    config = model.config
+    cache = Cache(
+        num_layers=config.num_layers,
+        batch=len(prompts),
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        capacity=T + room,
+        like=model.embed.tokens.weight,
+    )
+    for _ in range(room):
+        features = model.features(tokens, positions=positions, documents=documents, cache=cache)
+        chosen = sampling.choose(model.head(features[:, -1]), generator)
+        yield chosen
+        tokens, positions = chosen[:, None], positions[:, -1:] + 1
+        documents = torch.full_like(tokens, PROMPT)
+
+
+def check_room(model: GPT, prompts: Sequence[Sequence[int]], max_new: int) -> int:
+    """Return how many tokens can be written after the longest prompt, at most `max_new`."""
+    longest, places = max(map(len, prompts), default=0), model.config.max_positions
+    if not prompts or not min(map(len, prompts)):
+        raise UserError("a prompt has no tokens", fix="at least one token, usually the template's first")
+    if longest >= places:
+        raise UserError(
+            f"the prompt has {longest} tokens, and the model reads at most {places}",
+            fix="a shorter conversation",
+        )
+    return min(max_new, places - longest)
+
+
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: Iterable[int],
+    max_new: int,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Answer]:
+    """Answer every prompt; a row is over at its first token in `stop`, the batch when all rows are."""
+    stops = set(stop)
+    written: list[list[int]] = [[] for _ in prompts]
+    stopped = [False] * len(prompts)
+    if not prompts:
+        return []
+    for chosen in decode(model, prompts, max_new=max_new, sampling=sampling, generator=generator):
+        for row, token in enumerate(chosen.tolist()):
+            if stopped[row]:
+                continue
+            if token in stops:
+                stopped[row] = True
+            else:
+                written[row].append(token)
+        if all(stopped):
+            break
+    return [Answer(tokens, over) for tokens, over in zip(written, stopped)]

@@ -1,0 +1,321 @@
+"""A GPT that is GPT-2, Llama or Qwen by its configuration, as a loop over named layers.
+
+    embed -> block 0 -> ... -> block L-1 -> norm -> head
+
+Each block adds attention and then an MLP to a stream that runs from the embedding to the head (pre-norm). What the
+families differ in (norm, positions, MLP, biases, grouped heads) is a field of `GPTConfig`, and a part chosen when the
+model is built: no forward asks which family it is.
+
+GPT-2: Radford et al. 2019, section 2.3. Llama: Touvron et al. 2023, section 2.2 (https://arxiv.org/abs/2302.13971).
+Rotary positions: Su et al. 2021, section 3.2 (https://arxiv.org/abs/2104.09864). RMSNorm: Zhang & Sennrich 2019
+(https://arxiv.org/abs/1910.07467). SwiGLU: Shazeer 2020 (https://arxiv.org/abs/2002.05202).
+
+Letters: B batch, T tokens, D model, H heads, G key/value heads, K head dim, F hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minispeed.errors import UserError, nearest
+from minispeed.model.attention import Mask, implementation
+from minispeed.model.cache import Cache
+from minispeed.model.init import initialise
+from minispeed.model.loss import token_losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of a GPT.
+
+    max_positions   longest row that it can read, in tokens (with learned positions: the rows of their table)
+    num_kv_heads    key/value heads G, a divisor of num_heads
+    hidden_dim      width F inside the MLP
+    qkv_bias, bias  biases on the query/key/value projection, and on every other matrix product of a block
+    qk_norm         normalise queries and keys per head before their product (Qwen3)
+    tied            the head is the token embedding, transposed
+    attention       "fused", "tiled" or "reference"
+    """
+
+    vocab_size: int
+    max_positions: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_theta: float = 10000.0
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    qkv_bias: bool = False
+    bias: bool = False
+    qk_norm: bool = False
+    tied: bool = True
+    attention: str = "fused"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            size = getattr(self, field.name)
+            if field.type is int and size < 1:
+                raise UserError(f"{field.name} counts at least 1, got {size}", fix=f"{field.name}=1")
+        if self.num_heads % self.num_kv_heads:
+            divisors = [g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]
+            raise UserError(
+                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}",
+                fix=f"num_kv_heads one of {divisors}",
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UserError(
+                f"rotary positions turn pairs of features, and head_dim is {self.head_dim}",
+                fix=f"head_dim={self.head_dim + 1}",
+            )
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}", fix=known[0]
+                )
+        implementation(self.attention)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":
+        """Build from what `to_dict` returned; UserError names a key that is unknown or missing."""
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise UserError(f"a GPT has no setting {name!r}", fix=nearest(name, known) or "remove it")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"the model's configuration is incomplete: {error}") from error
+
+
+CHOICES = {"norm": ("rmsnorm", "layernorm"), "positions": ("rotary", "learned"), "mlp": ("swiglu", "gelu")}
+
+
+@dataclass
+class Rows:
+    """What a layer needs to know of the tokens beside their features.
+
+    positions  place of each token in its document, (B, T)
+    mask       which token may look at which
+    turns      cosine and sine of the rotary angles, each (B, 1, T, K/2); None with learned positions
+    cache      earlier keys and values, when generating
+    """
+
+    positions: Tensor
+    mask: Mask
+    turns: tuple[Tensor, Tensor] | None
+    cache: Cache | None = None
+
+
+class GPT(nn.Module):
+    """The model. Parameters are initialised from (seed, qualified name)."""
+
+    def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.norm = make_norm(config, config.model_dim)
+        self.head = nn.Linear(config.model_dim, config.vocab_size, bias=False, device="meta")
+        self.to_empty(device="cpu")
+        if config.tied:
+            self.head.weight = self.embed.tokens.weight
+        initialise(self, seed=seed, model_dim=config.model_dim, num_layers=config.num_layers)
+
+    def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield what the forward runs, in order, all but the head: each maps (features, rows) to features."""
+        yield "embed", self.embed
+        for index, block in enumerate(self.blocks):
+            yield f"blocks.{index}", block
+        yield "norm", Final(self.norm)
+
+    def features(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Run every layer but the head.
+
+        Reads    tokens (B, T) int64; positions (B, T), counted from the row's start when absent; documents (B, T):
+                 tokens look only at tokens of equal document, and padding is a document of its own
+        Writes   the keys and values of these tokens to `cache`, when given
+        Returns  (B, T, D)
+        """
+        x = tokens
+        rows = self.describe(tokens, positions, documents, cache)
+        for _, layer in self.named_layers():
+            x = layer(x, rows)
+        if cache is not None:
+            cache.advance(tokens.shape[1], documents)
+        return x
+
+    def describe(
+        self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None
+    ) -> Rows:
+        """Work out once what every layer will ask for: positions, mask, rotary angles."""
+        B, T = tokens.shape
+        past = 0 if cache is None else cache.length
+        if past + T > self.config.max_positions and positions is None:
+            raise UserError(
+                f"a row of {past + T} tokens is longer than the model's max_positions {self.config.max_positions}",
+                fix="shorter rows, or a model with more positions",
+            )
+        if positions is None:
+            positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
+        keys = documents if cache is None or documents is None else cache.all_documents(documents)
+        mask = Mask(T, past + T, offset=past, queries=documents, keys=keys)
+        if self.config.positions == "learned":
+            return Rows(positions, mask, None, cache)
+        cos, sin = rotary_angles(positions, self.config)
+        dtype = self.embed.tokens.weight.dtype
+        return Rows(positions, mask, (cos.to(dtype), sin.to(dtype)), cache)
+
+    def logits(self, tokens: Tensor, **rows: Any) -> Tensor:
+        """Return the scores of every next token.  (B, T) -> (B, T, V); `rows` as in `features`"""
+        return self.head(self.features(tokens, **rows))  # type: ignore[no-any-return]
+
+    def forward(self, tokens: Tensor, labels: Tensor, **rows: Any) -> Tensor:
+        """Return the loss of each token's prediction, 0 where the label is -100.
+
+        Reads    tokens (B, T); labels (B, T), already shifted: the token that should follow
+        Holds    no (B, T, V) logits: the head runs on chunks of the supervised rows alone
+        Returns  (B, T), nats, fp32 or wider
+        """
+        return token_losses(self.features(tokens, **rows), self.head.weight, labels)
+
+
+class Embedding(nn.Module):
+    """Tokens to features, plus a learned vector for each position where the family has them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.model_dim, device="meta")
+        self.positions: nn.Embedding | None = None
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.max_positions, config.model_dim, device="meta")
+
+    def forward(self, tokens: Tensor, rows: Rows) -> Tensor:
+        x: Tensor = self.tokens(tokens)  # (B, T) -> (B, T, D)
+        return x if self.positions is None else x + self.positions(rows.positions)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig, index: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config, config.model_dim)
+        self.attention = Attention(config, index)
+        self.mlp_norm = make_norm(config, config.model_dim)
+        self.mlp = (SwiGLU if config.mlp == "swiglu" else GELU)(config)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rows)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Project to queries, keys and values, turn them by their positions, attend, project back."""
+
+    def __init__(self, config: GPTConfig, index: int) -> None:
+        super().__init__()
+        D, K = config.model_dim, config.head_dim
+        self.head_dim, self.index = K, index
+        self.sizes = [config.num_heads * K, config.num_kv_heads * K, config.num_kv_heads * K]
+        self.qkv = nn.Linear(D, sum(self.sizes), bias=config.qkv_bias, device="meta")
+        self.out = nn.Linear(self.sizes[0], D, bias=config.bias, device="meta")
+        self.query_norm = make_norm(config, K) if config.qk_norm else None
+        self.key_norm = make_norm(config, K) if config.qk_norm else None
+        self.core = implementation(config.attention)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        parts = self.qkv(x).split(self.sizes, dim=-1)
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts
+        )  # (B, H or G, T, K)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rows.turns is not None:
+            q, k = rotate(q, rows.turns), rotate(k, rows.turns)
+        if rows.cache is not None:
+            k, v = rows.cache.append(self.index, k, v)  # (B, G, S, K)
+        y = self.core(q, k, v, rows.mask)
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # (B, H, T, K) -> (B, T, D)
+
+
+class GELU(nn.Module):
+    """down(gelu(up(x))), the GPT-2 family's MLP."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.model_dim, config.hidden_dim, bias=config.bias, device="meta")
+        self.down = nn.Linear(config.hidden_dim, config.model_dim, bias=config.bias, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), the Llama family's MLP."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.model_dim, config.hidden_dim, bias=config.bias, device="meta")
+        self.up = nn.Linear(config.model_dim, config.hidden_dim, bias=config.bias, device="meta")
+        self.down = nn.Linear(config.hidden_dim, config.model_dim, bias=config.bias, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+class Final(nn.Module):
+    """The last norm, in the shape of a layer."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+def make_norm(config: GPTConfig, dim: int) -> nn.Module:
+    """Return the family's norm over the last `dim` features."""
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(dim, eps=config.norm_eps, device="meta")
+
+
+def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of position x frequency.  (B, T) -> (B, 1, T, K/2) twice, fp64
+
+    Frequency of pair p is theta^(-2p / K).  RoFormer, Su et al. 2021, section 3.2.2.
+    """
+    K = config.head_dim
+    exponents = torch.arange(0, K, 2, dtype=torch.float64, device=positions.device) / K
+    angles = positions[:, None, :, None].to(torch.float64) * config.rope_theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn features p and p + K/2 of each head by the angle of their position.  (B, H, T, K) -> the same
+
+    The pairing of the published Llama weights (the paper pairs neighbours: the same up to an order of features).
+    """
+    cos, sin = turns
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
