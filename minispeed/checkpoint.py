@@ -24,7 +24,7 @@ INDEX, PIECES = "index.json", "rank-00000.safetensors"
 FORMAT = 1
 
 
-def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+def write_whole(target: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a path beside `target` and move the result, file or directory, into its place.
 
     Raises  UserError naming the disk's free bytes when writing fails; what stood at `target` is then untouched
@@ -32,26 +32,26 @@ def write_whole(target: Path, write: Callable[[Path], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.writing")
     try:
-        _remove(aside)
+        remove(aside)
         write(aside)
         _sync(aside)
         if aside.is_dir() and target.exists():
             old = target.with_name(f".{target.name}.old")
-            _remove(old)
+            remove(old)
             target.rename(old)
             aside.rename(target)
-            _remove(old)
+            remove(old)
         else:
             os.replace(aside, target)
     except (OSError, SafetensorError) as error:
-        _remove(aside)
+        remove(aside)
         free = shutil.disk_usage(target.parent).free
         raise UserError(
             f"could not write {target}: {error} ({free / 1e6:.0f} MB free); what stood there before is whole",
             fix="free some disk, or --out on another",
         ) from error
     except BaseException:
-        _remove(aside)
+        remove(aside)
         raise
 
 
@@ -91,15 +91,11 @@ def load(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = load_file(directory / PIECES)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{directory / PIECES} cannot be read: {error}", fix="another checkpoint of the run"
-        ) from error
+        raise UserError(f"{directory / PIECES} cannot be read: {error}", fix="another checkpoint of the run") from error
     for name, entry in index["tensors"].items():
         if name not in tensors or list(tensors[name].shape) != entry["shape"]:
             found = list(tensors[name].shape) if name in tensors else "nothing"
-            raise UserError(
-                f"{directory}: {name} should be {entry['shape']}, found {found}", fix="another checkpoint"
-            )
+            raise UserError(f"{directory}: {name} should be {entry['shape']}, found {found}", fix="another checkpoint")
     return tensors, index["state"]
 
 
@@ -108,23 +104,18 @@ def _read_index(directory: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text())
         if index["format"] != FORMAT:
-            raise UserError(
-                f"{path} is of format {index['format']}, this version reads {FORMAT}", fix="its version"
-            )
+            raise UserError(f"{path} is of format {index['format']}, this version reads {FORMAT}", fix="its version")
         return index
     except FileNotFoundError as error:
-        raise UserError(
-            f"there is no checkpoint at {directory}", fix="--save-every N in the next run"
-        ) from error
+        raise UserError(f"there is no checkpoint at {directory}", fix="--save-every N in the next run") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"{path} is not a checkpoint's index: {error}", fix="another checkpoint of the run"
-        ) from error
+        raise UserError(f"{path} is not a checkpoint's index: {error}", fix="another checkpoint of the run") from error
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a directory, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

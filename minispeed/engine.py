@@ -79,9 +79,7 @@ class Engine:
         """
         self.schedule, self.lr, self.clip = schedule, lr, clip
         self.step = self.num_updates = 0  # a skipped step is no update
-        initial = {
-            name: p.detach().clone() for name, p in model.named_parameters()
-        }  # before the cast rounds it
+        initial = {name: p.detach().clone() for name, p in model.named_parameters()}  # before the cast rounds it
         self.model = model.to(precision.compute)
         self.parameters = dict(model.named_parameters())
         self.masters = {
@@ -108,9 +106,7 @@ class Engine:
         total = 0.0
         # 2. gradients, added up in the masters' dtype
         for micro in micro_batches:
-            losses = self.model(
-                micro.tokens, micro.labels, positions=micro.positions, documents=micro.documents
-            )
+            losses = self.model(micro.tokens, micro.labels, positions=micro.positions, documents=micro.documents)
             (losses.sum() / max(1, num_supervised)).backward()
             observe(micro, losses.detach())
             total += losses.detach().sum().item()

@@ -129,9 +129,7 @@ def warmup_then(shape: str, *, warmup: int, total: int, final: float = 0.0) -> S
     if shape not in falls:
         raise UserError(f"no learning-rate schedule is called {shape!r}", fix=" or ".join(falls))
     if warmup < 0 or total < 1:
-        raise UserError(
-            f"a schedule of {total} steps with {warmup} of warm-up", fix="total >= 1, warmup >= 0"
-        )
+        raise UserError(f"a schedule of {total} steps with {warmup} of warm-up", fix="total >= 1, warmup >= 0")
 
     def factor(step: int) -> float:
         if step < warmup:

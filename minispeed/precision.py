@@ -41,18 +41,14 @@ def choose_precision(name: str) -> Precision:
     if name == "auto":
         return _measured()
     if name not in DTYPES:
-        raise UserError(
-            f"no dtype is called {name!r}", fix=f"--dtype {nearest(name, [*DTYPES, 'auto']) or 'auto'}"
-        )
+        raise UserError(f"no dtype is called {name!r}", fix=f"--dtype {nearest(name, [*DTYPES, 'auto']) or 'auto'}")
     return Precision(DTYPES[name])
 
 
 def _measured(*, least: float = 1.3) -> Precision:
     """Time a product of a small layer's shape in bf16 and fp32, in turn; bf16 must win by `least` to be chosen."""
     slower = {dtype: float("inf") for dtype in (torch.bfloat16, torch.float32)}
-    operands = {
-        dtype: (torch.ones(2048, 256, dtype=dtype), torch.ones(256, 1024, dtype=dtype)) for dtype in slower
-    }
+    operands = {dtype: (torch.ones(2048, 256, dtype=dtype), torch.ones(256, 1024, dtype=dtype)) for dtype in slower}
     for _ in range(8):
         for dtype, (x, w) in operands.items():
             start = time.perf_counter()

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from minispeed import checkpoint
 from minispeed.errors import UserError
@@ -17,9 +16,7 @@ shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 @given(st.dictionaries(st.text("abc./", min_size=1, max_size=6), st.tuples(shapes, dtypes), max_size=4))
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path_factory, drawn):
     directory = tmp_path_factory.mktemp("run") / "step-1"
-    tensors = {
-        name: torch.arange(torch.Size(shape).numel()).view(shape).to(d) for name, (shape, d) in drawn.items()
-    }
+    tensors = {name: torch.arange(torch.Size(shape).numel()).view(shape).to(d) for name, (shape, d) in drawn.items()}
     checkpoint.save(directory, tensors, {"step": 3, "cursor": [1, 2]})
     loaded, state = checkpoint.load(directory)
     assert state == {"step": 3, "cursor": [1, 2]} and loaded.keys() == tensors.keys()
@@ -32,9 +29,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     directory = tmp_path / "step-1"
     checkpoint.save(directory, {"w": torch.ones(2)}, {"step": 1})
     with pytest.raises(TypeError):
-        checkpoint.save(
-            directory, {"w": torch.zeros(2)}, {"step": {1, 2}}
-        )  # a set is no JSON: fails half-way
+        checkpoint.save(directory, {"w": torch.zeros(2)}, {"step": {1, 2}})  # a set is no JSON: fails half-way
 
     def full(aside):
         aside.write_text("half")

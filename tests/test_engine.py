@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from minispeed.engine import Engine, MicroBatch, global_norm
 from minispeed.errors import UserError

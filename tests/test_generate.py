@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from minispeed.errors import UserError
 from minispeed.model.cache import Cache
@@ -28,9 +27,7 @@ def fresh_cache(model: GPT, batch: int, capacity: int) -> Cache:
 @given(small_configs(), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 2**31))
 def test_logits_through_the_cache_are_the_logits_without(config, cuts, seed):
     model = GPT(config, seed=seed).to(torch.float64)
-    tokens = torch.randint(
-        0, config.vocab_size, (2, sum(cuts)), generator=torch.Generator().manual_seed(seed)
-    )
+    tokens = torch.randint(0, config.vocab_size, (2, sum(cuts)), generator=torch.Generator().manual_seed(seed))
     cache = fresh_cache(model, 2, sum(cuts))
     pieces = [model.logits(part, cache=cache) for part in tokens.split(cuts, dim=1)]
     whole = model.logits(tokens)

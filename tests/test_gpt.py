@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT, GPTConfig
@@ -23,9 +22,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -
 @given(small_configs(), st.integers(1, 7), st.integers(0, 2**31))
 def test_chunked_loss_is_plain_loss(config, chunk, seed):
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(
-        2, 5, config.model_dim, generator=generator, dtype=torch.float64, requires_grad=True
-    )
+    features = torch.randn(2, 5, config.model_dim, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(config.vocab_size, config.model_dim, generator=generator, dtype=torch.float64)
     weight.requires_grad_()
     labels = torch.randint(0, config.vocab_size, (2, 5), generator=generator)
@@ -33,9 +30,7 @@ def test_chunked_loss_is_plain_loss(config, chunk, seed):
     pull = torch.rand(2, 5, generator=generator, dtype=torch.float64)
     losses = token_losses(features, weight, labels, chunk=chunk)
     logits = (features @ weight.T).flatten(0, 1)
-    plain = torch.nn.functional.cross_entropy(
-        logits, labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    plain = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none")
     assert close(losses, plain.view(2, 5))
     for got, expected in zip(
         torch.autograd.grad((losses * pull).sum(), (features, weight)),

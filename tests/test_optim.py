@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
 from minispeed.errors import UserError
@@ -65,9 +64,7 @@ def test_matrices_decay_and_vectors_do_not():
     assert all("norm" in name or "bias" in name for name in kept["names"])
 
 
-@given(
-    st.sampled_from(["cosine", "linear", "constant"]), st.integers(0, 9), st.integers(1, 50), st.floats(0, 1)
-)
+@given(st.sampled_from(["cosine", "linear", "constant"]), st.integers(0, 9), st.integers(1, 50), st.floats(0, 1))
 def test_a_schedule_rises_in_a_line_then_never_again(shape, warmup, total, final):
     factor = warmup_then(shape, warmup=warmup, total=total, final=final)
     assert [factor(step) for step in range(warmup)] == [(step + 1) / warmup for step in range(warmup)]

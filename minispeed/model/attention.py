@@ -97,7 +97,7 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, tile: int = 128) -> Te
     """
     if tile < 1:
         raise UserError(f"a tile holds at least 1 token, got {tile}", fix="tile=128")
-    return _Tiled.apply(q, k, v, mask, tile)  # type: ignore[no-any-return]
+    return _Tiled.apply(q, k, v, mask, tile)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -149,9 +149,7 @@ class _Tiled(torch.autograd.Function):
         out = torch.empty_like(qg)
         log_sum = qg.new_empty(qg.shape[:-1], dtype=wide)  # (B, G, R, T)
         for rows in _slices(q.shape[2], tile):
-            top = qg.new_full(
-                qg[..., rows, 0].shape, -math.inf, dtype=wide
-            )  # largest score so far, (B, G, R, t)
+            top = qg.new_full(qg[..., rows, 0].shape, -math.inf, dtype=wide)  # largest score so far, (B, G, R, t)
             total = torch.zeros_like(top)  # sum of exp(score - top) so far
             mixed = torch.zeros_like(qg[..., rows, :], dtype=wide)  # the same sum, of values
             for columns in _slices(k.shape[2], tile):
@@ -179,9 +177,7 @@ class _Tiled(torch.autograd.Function):
         qg, kg, vg = _by_group(q, k, v)
         wide = log_sum.dtype
         grad_out = grad_out.view_as(out).to(wide)
-        inner = (grad_out * out).sum(
-            -1, keepdim=True
-        )  # sum of weight x its gradient, per query: (B, G, R, T, 1)
+        inner = (grad_out * out).sum(-1, keepdim=True)  # sum of weight x its gradient, per query: (B, G, R, T, 1)
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (qg, kg, vg))
         for rows in _slices(q.shape[2], ctx.tile):
             for columns in _slices(k.shape[2], ctx.tile):

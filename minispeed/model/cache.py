@@ -32,9 +32,7 @@ class Cache:
         """
         end = self.length + k.shape[2]
         if end > self.capacity:
-            raise UserError(
-                f"the cache holds {self.capacity} tokens, and {end} were given", fix=f"capacity={end}"
-            )
+            raise UserError(f"the cache holds {self.capacity} tokens, and {end} were given", fix=f"capacity={end}")
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
@@ -42,9 +40,7 @@ class Cache:
     def all_documents(self, documents: Tensor) -> Tensor:
         """Return the documents of the tokens held and of the new ones.  (B, T) -> (B, S)"""
         if self.length and self.documents is None:
-            raise UserError(
-                "the first tokens were read without documents, these with", fix="documents in every call"
-            )
+            raise UserError("the first tokens were read without documents, these with", fix="documents in every call")
         return documents if self.documents is None else torch.cat((self.documents, documents), dim=1)
 
     def advance(self, num_tokens: int, documents: Tensor | None) -> None:

@@ -40,9 +40,7 @@ class Sampling:
         if self.top_k < 0:
             raise UserError(f"top-k counts tokens, got {self.top_k}", fix="--top-k 50, or 0 for all")
         if not 0 < self.top_p <= 1:
-            raise UserError(
-                f"top-p is a probability above 0 and at most 1, got {self.top_p}", fix="--top-p 0.95"
-            )
+            raise UserError(f"top-p is a probability above 0 and at most 1, got {self.top_p}", fix="--top-p 0.95")
 
     def choose(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return one token for each row.  (B, V) -> (B,)"""

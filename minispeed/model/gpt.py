@@ -78,9 +78,7 @@ class GPTConfig:
             )
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise UserError(
-                    f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}", fix=known[0]
-                )
+                raise UserError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}", fix=known[0])
         implementation(self.attention)
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,9 +162,7 @@ class GPT(nn.Module):
             cache.advance(tokens.shape[1], documents)
         return x
 
-    def describe(
-        self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None
-    ) -> Rows:
+    def describe(self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None) -> Rows:
         """Work out once what every layer will ask for: positions, mask, rotary angles."""
         B, T = tokens.shape
         past = 0 if cache is None else cache.length
@@ -187,7 +183,7 @@ class GPT(nn.Module):
 
     def logits(self, tokens: Tensor, **rows: Any) -> Tensor:
         """Return the scores of every next token.  (B, T) -> (B, T, V); `rows` as in `features`"""
-        return self.head(self.features(tokens, **rows))  # type: ignore[no-any-return]
+        return self.head(self.features(tokens, **rows))
 
     def forward(self, tokens: Tensor, labels: Tensor, **rows: Any) -> Tensor:
         """Return the loss of each token's prediction, 0 where the label is -100.
@@ -226,7 +222,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rows)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Attention(nn.Module):
@@ -245,9 +241,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts
-        )  # (B, H or G, T, K)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)  # (B, H or G, T, K)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rows.turns is not None:
@@ -255,7 +249,7 @@ class Attention(nn.Module):
         if rows.cache is not None:
             k, v = rows.cache.append(self.index, k, v)  # (B, G, S, K)
         y = self.core(q, k, v, rows.mask)
-        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # (B, H, T, K) -> (B, T, D)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
 
 
 class GELU(nn.Module):
@@ -267,7 +261,7 @@ class GELU(nn.Module):
         self.down = nn.Linear(config.hidden_dim, config.model_dim, bias=config.bias, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
 class SwiGLU(nn.Module):
@@ -280,7 +274,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.hidden_dim, config.model_dim, bias=config.bias, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Final(nn.Module):
@@ -291,7 +285,7 @@ class Final(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)
 
 
 def make_norm(config: GPTConfig, dim: int) -> nn.Module:

@@ -25,9 +25,7 @@ def _gpt2(layers: int, dim: int, heads: int) -> GPTConfig:
 
 
 _LLAMA_3: dict[str, Any] = dict(vocab_size=128256, max_positions=131072, rope_theta=500000.0)
-_QWEN_2: dict[str, Any] = dict(
-    vocab_size=151936, max_positions=32768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True
-)
+_QWEN_2: dict[str, Any] = dict(vocab_size=151936, max_positions=32768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
 
 PRESETS: dict[str, GPTConfig] = {
     "nano": _llama(4, 128, 4, 4, 384),  # about 1M parameters
@@ -47,7 +45,5 @@ def preset(name: str, **changes: Any) -> GPTConfig:
     """Return the shape called `name`, with fields changed (a vocabulary, a context); UserError names the nearest."""
     if name not in PRESETS:
         alike = nearest(name, PRESETS) or "tiny"
-        raise UserError(
-            f"no preset is called {name!r}; there are {', '.join(PRESETS)}", fix=f"--model {alike}"
-        )
+        raise UserError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}", fix=f"--model {alike}")
     return replace(PRESETS[name], **changes)

@@ -1,0 +1,50 @@
+# make demo          set up, then train a small model, score it and talk to it
+# make test          set up, then style, types, import floors and tests
+# make lattice       only the tests that draw their inputs, with many draws
+# make options       write docs/options.md anew from the code
+# make clean         remove the environment and what tools have cached
+#
+# VENV=.venv         where the environment goes; empty: the Python on the path, as it is
+# PYTHON=python3     which Python makes it (3.10 or later; else the first fitting one on the path)
+# N=50               draws per drawn test       ARGS="..."   further words for the demo, or for pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lattice options clean runtime developer
+VENV ?= .venv
+N ?= 50
+ARGS ?=
+candidates := python3 python python3.14 python3.13 python3.12 python3.11 python3.10
+fits := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
+PYTHON ?= $(shell for p in $(candidates); do $$p $(fits) 2>/dev/null && { echo $$p; break; }; done)
+bin := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+RUN := $(if $(VENV),$(VENV)/$(bin)/python,$(PYTHON))
+BOOTSTRAP := $(PYTHON) tools/bootstrap.py "$(VENV)"
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+demo: runtime
+	$(RUN) -m minispeed demo $(ARGS)
+
+test: developer
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-logo
+	$(RUN) -m pytest --examples $(N) $(ARGS)
+
+N_LATTICE := $(if $(filter command line environment,$(origin N)),$(N),1000)
+lattice: developer
+	$(RUN) -m pytest -m hypothesis --timeout 0 --examples $(N_LATTICE) $(ARGS)
+
+options: runtime
+	$(RUN) -m minispeed --options > docs/options.md.new
+	mv docs/options.md.new docs/options.md
+
+clean:
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+
+runtime developer:
+	@test -n "$(PYTHON)" || { echo "minispeed: needs Python 3.10 or later, and none is on the path." \
+		"Install one, or name it: make demo PYTHON=/where/it/is/python3" >&2; exit 1; }
+	@$(BOOTSTRAP) $(if $(filter developer,$@),figures eval dev,$(if $(VENV),figures eval))

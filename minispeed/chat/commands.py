@@ -1,0 +1,220 @@
+"""What each command of the line can be told, one dataclass a command, and where its work is done.
+
+Nothing heavy is imported here: `--help` must not wait for torch. An option whose default is None takes a value from the
+case (from scratch, from a checkpoint, the model's size), and the run prints which and why.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minispeed.options import Options, option
+
+MODEL, LEARNING, DATA, RUNNING, WRITING = "Model", "Learning", "Data", "Running", "Writing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftOptions(Options):
+    """Fine-tune a model on your conversations, or train a small one from scratch.
+
+    minispeed sft --model tiny --data chats.jsonl --out runs/first --minutes 5
+    """
+
+    model: str = option(help="a preset (nano, tiny, small, medium, gpt2, ...) or the directory of a run", group=MODEL)
+    data: list[Path] = option(
+        help="files of conversations to learn from: JSONL or JSON, plain or .gz", group=DATA, metavar="FILE"
+    )
+    out: Path = option(help="directory that the run writes to", group=RUNNING, metavar="RUN")
+    eval_data: list[Path] = option(
+        [], help="files to score on; without any, 5 % of --data is held out", group=DATA, metavar="FILE"
+    )
+    weights: list[float] = option([], help="one per --data file: how often each is drawn", group=DATA, low=0)
+    tokenizer: Path | None = option(None, help="a tokenizer.json; without one, it is learnt from --data", group=DATA)
+    vocab_size: int = option(4096, help="size of a tokenizer that is learnt", group=DATA, unit="tokens", low=262)
+    train_on: str = option("assistant", help="which turns are learnt", choices=("assistant", "all"), group=DATA)
+    seq: int | None = option(None, help="length of a row", unit="tokens", low=2, group=DATA)
+    skip_bad: bool = option(False, help="count malformed lines instead of stopping at them", group=DATA)
+    cache: Path | None = option(None, help="where tokenised data is kept for the next run", group=DATA, metavar="DIR")
+    steps: int | None = option(None, help="updates to make", low=1, group=LEARNING)
+    epochs: int | None = option(None, help="passes over the data (in place of --steps)", low=1, group=LEARNING)
+    minutes: float | None = option(None, help="time to train for (in place of --steps)", low=0.05, group=LEARNING)
+    batch: int | None = option(None, help="rows per step, all ranks together", unit="rows", low=1, group=LEARNING)
+    micro_batch: int | None = option(
+        None, help="rows that go through the model at once", unit="rows", low=1, group=LEARNING
+    )
+    lr: float | None = option(None, help="learning rate at its highest", low=0, group=LEARNING)
+    warmup: int | None = option(None, help="steps over which the learning rate rises", low=0, group=LEARNING)
+    lr_schedule: str = option(
+        "cosine", help="how it falls afterwards", choices=("cosine", "linear", "constant"), group=LEARNING
+    )
+    weight_decay: float | None = option(None, help="AdamW's decay of matrices", low=0, group=LEARNING)
+    clip: float = option(1.0, help="largest norm of the gradient; 0 leaves it", low=0, group=LEARNING)
+    attention: str = option("fused", help="which implementation", choices=("fused", "tiled", "reference"), group=MODEL)
+    dtype: str = option(
+        "auto",
+        help="of parameters and products; auto measures",
+        choices=("auto", "bf16", "fp32", "fp64"),
+        group=RUNNING,
+    )
+    ranks: int = option(1, help="processes that share the work", low=1, high=1, group=RUNNING)
+    threads: int = option(0, help="threads that torch computes with; 0 takes every core", low=0, group=RUNNING)
+    seed: int = option(0, help="the same seed gives the same weights, bit for bit", low=0, group=RUNNING)
+    eval_every: int | None = option(None, help="steps between evaluations", low=1, group=WRITING)
+    save_every: int | None = option(None, help="steps between checkpoints", low=1, group=WRITING)
+    samples: int = option(0, help="held-out prompts per task answered while it learns", low=0, group=WRITING)
+    max_new: int = option(256, help="longest answer when it is scored", unit="tokens", low=1, group=WRITING)
+    score: int = option(50, help="held-out prompts per task answered at the end", low=0, group=WRITING)
+    resume: bool = option(False, help="go on from the last checkpoint in --out", group=RUNNING)
+    dry_run: bool = option(False, help="prepare, check and print everything, then stop before step 1", group=RUNNING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(Options):
+    """Tokenise conversations once, and report what is in them.
+
+    minispeed prepare chats.jsonl --out prepared
+    """
+
+    data: list[Path] = option(positional=True, help="files of conversations: JSONL or JSON, plain or .gz")
+    out: Path = option(help="directory to write to", metavar="DIR")
+    eval_data: list[Path] = option([], help="files to score on; without any, 5 % is held out", metavar="FILE")
+    tokenizer: Path | None = option(None, help="a tokenizer.json; without one, it is learnt from the data")
+    vocab_size: int = option(4096, help="size of a tokenizer that is learnt", unit="tokens", low=262)
+    train_on: str = option("assistant", help="which turns are learnt", choices=("assistant", "all"))
+    seq: int = option(512, help="length of a row, for the report on truncation and waste", unit="tokens", low=2)
+    skip_bad: bool = option(False, help="count malformed lines instead of stopping at them")
+    workers: int = option(2, help="threads that tokenise", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(Options):
+    """Print a few conversations as the model sees them: what is learnt, what is context, what is special.
+
+    minispeed show chats.jsonl --count 3
+    """
+
+    data: Path = option(positional=True, help="a file of conversations")
+    count: int = option(3, help="conversations to print", low=1)
+    tokenizer: Path | None = option(None, help="a tokenizer.json; without one, it is learnt from the file")
+    train_on: str = option("assistant", help="which turns are learnt", choices=("assistant", "all"))
+    colour: bool | None = option(None, help="with colours, or with marks; without either: colours on a terminal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Options):
+    """Score a run on held-out conversations: answers, stopping, loss.
+
+    minispeed eval runs/first --data test.jsonl
+    """
+
+    run: Path = option(positional=True, help="the directory of a run")
+    data: list[Path] = option([], help="files to score on; without any, what the run held out", metavar="FILE")
+    score: int = option(100, help="prompts per task that are answered; 0 for all", low=0)
+    max_new: int = option(256, help="longest answer", unit="tokens", low=1)
+    pattern: str | None = option(None, help="also report the share of answers that this regular expression finds")
+    json: bool = option(False, help="print JSON in place of the table")
+    threads: int = option(0, help="threads that torch computes with; 0 takes every core", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(Options):
+    """Talk to a run. /reset forgets the conversation, /quit leaves.
+
+    minispeed chat runs/first
+    """
+
+    run: Path = option(positional=True, help="the directory of a run")
+    prompt: str | None = option(None, help="answer this and leave", metavar="TEXT")
+    system: str | None = option(None, help="what the model is told before the conversation", metavar="TEXT")
+    temperature: float = option(0.0, help="0 always takes the likeliest token", low=0)
+    top_k: int = option(0, help="draw from the k likeliest tokens; 0 for all", low=0)
+    top_p: float = option(1.0, help="draw from the likeliest tokens with this probability together", low=0, high=1)
+    max_new: int = option(256, help="longest answer", unit="tokens", low=1)
+    seed: int = option(0, help="of the drawing", low=0)
+    threads: int = option(0, help="threads that torch computes with; 0 takes every core", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Options):
+    """Watch a small GPT learn to chat, see its scores on held-out questions, and talk to it.
+
+    minispeed demo
+    """
+
+    out: Path = option(Path("runs/demo"), help="directory that the run writes to, replaced if it is a demo's")
+    model: str = option("tiny", help="a preset")
+    minutes: float = option(3.5, help="time to train for", low=0.05)
+    steps: int | None = option(None, help="updates to make, in place of --minutes", low=1)
+    conversations: int = option(60000, help="how many to write for training", low=100)
+    score: int = option(50, help="held-out prompts per skill", low=1)
+    lr: float | None = option(None, help="learning rate at its highest", low=0)
+    batch: int = option(16, help="rows per step", unit="rows", low=1)
+    seq: int = option(256, help="length of a row", unit="tokens", low=64)
+    vocab_size: int = option(512, help="size of the tokenizer", unit="tokens", low=262)
+    dtype: str = option(
+        "auto", help="of parameters and products; auto measures", choices=("auto", "bf16", "fp32", "fp64")
+    )
+    seed: int = option(0, help="the same seed gives the same weights, bit for bit", low=0)
+    threads: int = option(0, help="threads that torch computes with; 0 takes every core", low=0)
+    chat: bool = option(True, help="talk to it at the end, if there is a terminal")
+
+
+def sft(options: SftOptions) -> int:
+    from minispeed.chat.sft import sft
+
+    return sft(options)
+
+
+def prepare(options: PrepareOptions) -> int:
+    from minispeed.chat.prepare import prepare, report_text
+
+    prepared = prepare(
+        options.data,
+        options.eval_data,
+        options.out,
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        train_on=options.train_on,
+        seq=options.seq,
+        skip_bad=options.skip_bad,
+        workers=options.workers,
+    )
+    print(report_text(prepared.report))
+    return 0
+
+
+def show(options: ShowOptions) -> int:
+    import sys
+
+    from minispeed.chat.read import read
+    from minispeed.chat.show import show
+    from minispeed.chat.template import Template
+    from minispeed.chat.tokenizer import ChatTokenizer
+
+    reading = read(options.data)
+    conversations = [line.conversation for line in reading.lines]
+    texts = (turn.text for conversation in conversations for turn in conversation.turns)
+    tokenizer = (
+        ChatTokenizer.load(options.tokenizer) if options.tokenizer else ChatTokenizer.train(texts, vocab_size=4096)
+    )
+    colour = sys.stdout.isatty() if options.colour is None else options.colour
+    print(f"{options.data}: {reading.format}, {len(conversations)} conversations")
+    print(show(conversations[: options.count], tokenizer, Template(), colour=colour))
+    return 0
+
+
+def eval(options: EvalOptions) -> int:  # noqa: A001 the command's name
+    from minispeed.chat.evaluate import evaluate_run
+
+    return evaluate_run(options)
+
+
+def chat(options: ChatOptions) -> int:
+    from minispeed.chat.converse import converse
+
+    return converse(options)
+
+
+def demo(options: DemoOptions) -> int:
+    from minispeed.chat.demo import demo
+
+    return demo(options)

@@ -1,0 +1,46 @@
+"""Fill in what was not said, by the case, and say why.
+
+From scratch and from a trained model want learning rates a hundred times apart; a run that silently takes the wrong one
+wastes an evening. Each value chosen here is printed with its reason and written into the run.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minispeed.chat.commands import SftOptions
+from minispeed.model.gpt import GPTConfig
+
+DEFAULT_SEQ = 512
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value for an option that was left open, and why this one."""
+
+    name: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        shown = f"{self.value:.2g}" if isinstance(self.value, float) else self.value
+        return f"--{self.name.replace('_', '-')} {shown}: {self.reason}"
+
+
+def fill_in(options: SftOptions, config: GPTConfig, *, from_scratch: bool) -> tuple[SftOptions, list[Choice]]:
+    """Return the options with every open one but the number of steps chosen, and the choices made."""
+    batch = options.batch or (16 if from_scratch else 8)
+    offered = [
+        Choice("seq", min(DEFAULT_SEQ, config.max_positions), "or less if the model reads less"),
+        Choice("batch", batch, "from scratch" if from_scratch else "fine-tuning takes few rows"),
+        Choice("micro_batch", min(batch, 16), "as many rows at once as the batch has, at most 16"),
+        # 2.6e-3 at D = 192, 6.5e-4 at D = 768, 2.4e-4 at D = 2048: close to GPT-2's and Llama's published rates
+        Choice("lr", 0.5 / config.model_dim, f"0.5 / width {config.model_dim}, from scratch")
+        if from_scratch
+        else Choice("lr", 2e-5, "a trained model is moved gently"),
+        Choice("weight_decay", 0.1, "from scratch") if from_scratch else Choice("weight_decay", 0.0, "fine-tuning"),
+        Choice("warmup", 40 if from_scratch else 10, "from scratch" if from_scratch else "fine-tuning"),
+    ]
+    if options.steps is None and options.epochs is None and options.minutes is None:
+        offered.append(Choice("epochs", 3, "none of --steps, --epochs, --minutes is given"))
+    made = [choice for choice in offered if getattr(options, choice.name) is None]
+    return replace(options, **{choice.name: choice.value for choice in made}), made

@@ -1,0 +1,183 @@
+"""The directory of a run: what it was told, what it did step by step, and the model that came out.
+
+RUN/run.json            the full effective options, the command, versions, hashes of the data
+RUN/metrics.jsonl       a line per step and per evaluation
+RUN/samples.jsonl       held-out prompts and what the model answered, as it learnt
+RUN/checkpoints/        step-NNNNNNNN/, and the files `last` and `best` that name one each
+RUN/model.safetensors, config.json, tokenizer.json, template.json    the model: all that `chat` needs
+"""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minispeed import __version__, checkpoint
+from minispeed.chat.template import Template
+from minispeed.chat.tokenizer import ChatTokenizer
+from minispeed.errors import UserError
+from minispeed.model.gpt import GPT, GPTConfig
+
+WEIGHTS, CONFIG, TOKENIZER, TEMPLATE = "model.safetensors", "config.json", "tokenizer.json", "template.json"
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A model with all that it takes to talk to it."""
+
+    model: GPT
+    tokenizer: ChatTokenizer
+    template: Template
+
+    def save(self, directory: Path) -> None:
+        """Write model, configuration, tokenizer and template; each file is replaced in one move."""
+        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
+        config = json.dumps(self.model.config.to_dict(), indent=1) + "\n"
+        checkpoint.write_whole(directory / TOKENIZER, self.tokenizer.save)
+        checkpoint.write_whole(directory / TEMPLATE, self.template.save)
+        checkpoint.write_whole(directory / CONFIG, lambda path: path.write_text(config))
+        checkpoint.write_whole(directory / WEIGHTS, lambda path: save_file(weights, path))
+
+    @classmethod
+    def load(cls, directory: Path, *, attention: str = "fused") -> "ChatModel":
+        """Read what `save` wrote, to run with the attention of that name.
+
+        Raises  UserError naming the file that is missing, damaged or disagrees with the configuration
+        """
+        for name in (TOKENIZER, TEMPLATE, WEIGHTS):
+            if not (directory / name).exists():
+                raise UserError(f"{directory} holds no {name}", fix="the --out of a finished `minispeed sft`")
+        config = replace(cls.read_config(directory), attention=attention)
+        try:
+            weights = load_file(directory / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{directory / WEIGHTS} cannot be read: {error}", fix="another run") from error
+        tokenizer = ChatTokenizer.load(directory / TOKENIZER)
+        check_vocabulary(config, tokenizer, directory)
+        model = GPT(config)
+        model.to(next(iter(weights.values())).dtype)
+        for name, p in model.named_parameters():
+            found = tuple(weights[name].shape) if name in weights else "nothing"
+            if found != tuple(p.shape):
+                raise UserError(f"{directory / WEIGHTS}: {name} should be {tuple(p.shape)}, found {found}")
+            p.data.copy_(weights[name])
+        return cls(model.eval(), tokenizer, Template.load(directory / TEMPLATE))
+
+    @staticmethod
+    def read_config(directory: Path) -> GPTConfig:
+        """Read the model's shape.  Raises UserError where the directory holds no model of ours"""
+        try:
+            return GPTConfig.from_dict(json.loads((directory / CONFIG).read_text()))
+        except FileNotFoundError:
+            raise UserError(f"{directory} holds no {CONFIG}", fix="the --out of a finished `minispeed sft`") from None
+        except (OSError, ValueError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{directory / CONFIG} is not a model's configuration: {error}") from error
+
+
+def check_vocabulary(config: GPTConfig, tokenizer: ChatTokenizer, directory: Path) -> None:
+    """Raise UserError if the tokenizer has ids that the model has no row for."""
+    if tokenizer.size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.size} tokens, the model in {directory} has {config.vocab_size} rows",
+            fix="the tokenizer that the model was trained with",
+        )
+
+
+class RunDirectory:
+    """Writes and reads the files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, *, resume: bool, replace: bool = False) -> None:
+        """Make the directory.  Raises UserError if it holds a run already and may be neither resumed nor replaced."""
+        if (self.path / "run.json").exists() and not resume and not replace:
+            raise UserError(f"{self.path} already holds a run", fix="--resume to go on, or another --out")
+        if resume and not (self.path / "checkpoints" / "last").exists():
+            raise UserError(f"{self.path} holds no checkpoint to go on from", fix="the command without --resume")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be made: {error.strerror}", fix="another --out") from error
+        if not resume:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+
+    def write_provenance(self, command: str, options: dict[str, Any], *, data_hash: str, prepared: Path) -> None:
+        """Write run.json: the options as a block that `--config` reads, and where the run came from.
+
+        data_hash  of the contents of all data files and of how they were tokenised, into the folder `prepared`
+        """
+        content = {
+            command: options,
+            "provenance": {
+                "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "versions": {"minispeed": __version__, "torch": torch.__version__, "python": platform.python_version()},
+                "data": data_hash,
+                "prepared": str(prepared.resolve()),
+            },
+        }
+        text = json.dumps(content, indent=1) + "\n"
+        checkpoint.write_whole(self.path / "run.json", lambda path: path.write_text(text))
+
+    def effective_options(self, command: str) -> dict[str, Any]:
+        """Read back the options that run.json holds.  Raises UserError if it cannot be read"""
+        path = self.path / "run.json"
+        try:
+            return dict(json.loads(path.read_text())[command])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read: {error}", fix="the --out of an interrupted run") from error
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Add a line to a .jsonl file."""
+        with (self.path / name).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def forget_after(self, name: str, step: int) -> None:
+        """Drop the lines of a .jsonl file that a run resumed at `step` writes again, and a line cut short."""
+        path, kept = self.path / name, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                continue
+        checkpoint.write_whole(path, lambda aside: aside.write_text("".join(kept)))
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Read a .jsonl file back."""
+        path = self.path / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def save_checkpoint(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], *, best: bool) -> None:
+        """Write checkpoints/step-N, point `last` (and `best`) to it, and drop what neither points to."""
+        folder = self.path / "checkpoints"
+        name = f"step-{state['step']:08d}"
+        checkpoint.save(folder / name, tensors, state)
+        for pointer in ("last", "best") if best else ("last",):
+            checkpoint.write_whole(folder / pointer, lambda path: path.write_text(name + "\n"))
+        kept = {(folder / pointer).read_text().strip() for pointer in ("last", "best") if (folder / pointer).exists()}
+        for old in folder.glob("step-*"):
+            if old.name not in kept:
+                checkpoint.remove(old)
+
+    def load_checkpoint(self, pointer: str = "last") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Read the checkpoint that `last` or `best` names."""
+        folder = self.path / "checkpoints"
+        return checkpoint.load(folder / (folder / pointer).read_text().strip())
+
+
+def use_threads(count: int) -> int:
+    """Let torch compute with `count` threads, or with one per core this process may use; return how many."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(count or usable)
+    return torch.get_num_threads()

@@ -1,0 +1,416 @@
+"""Supervised fine-tuning: conversations in, a model that answers out, and everything on the way written down.
+
+    read and tokenise -> choose what was left open -> step, step, step (evaluate, sample, save) -> score -> RUN
+
+The order of the rows, the model's first weights and the number of steps are all functions of the effective options, so
+`minispeed sft --config RUN/run.json` gives the same weights bit for bit.
+"""
+
+import hashlib
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minispeed.chat.commands import SftOptions
+from minispeed.chat.defaults import DEFAULT_SEQ, fill_in
+from minispeed.chat.evaluate import (
+    Loss,
+    answer_all,
+    by_task,
+    bytes_of_tokens,
+    figures_of,
+    first_of_each_task,
+    measure_loss,
+    micro_batches,
+    table_of,
+    target_counts,
+)
+from minispeed.chat.pack import Packing
+from minispeed.chat.prepare import Prepared, prepare, report_text
+from minispeed.chat.run import ChatModel, RunDirectory, check_vocabulary, use_threads
+from minispeed.chat.score import Answered, unigram_loss
+from minispeed.engine import Engine, Report
+from minispeed.errors import UserError
+from minispeed.figures import draw_run
+from minispeed.model.gpt import GPT, GPTConfig
+from minispeed.model.presets import preset
+from minispeed.optim import warmup_then
+from minispeed.options import to_json
+from minispeed.precision import choose_precision
+
+NUM_EVAL_STEPS = 16  # batches of the evaluations while training; the last one reads everything
+FIRST_SAMPLE = 25  # steps; then at every doubling
+
+
+def sft(options: SftOptions) -> int:
+    """Do `minispeed sft`. Returns the exit code."""
+    run = RunDirectory(options.out)
+    threads = use_threads(options.threads)
+    if options.resume:
+        options = recall(options, run)
+    chat, prepared, from_scratch = open_model_and_data(options)
+    options, choices = fill_in(options, chat.model.config, from_scratch=from_scratch)
+    precision = choose_precision(options.dtype)
+    for line in [
+        report_text(prepared.report),
+        f"model {options.model}: {sum(p.numel() for p in chat.model.parameters()) / 1e6:.2f}M parameters",
+        *map(str, choices),
+        f"--dtype {precision.name}: {precision.reason}",
+    ]:
+        print(line)
+    options = replace(options, dtype=precision.name, threads=threads)
+    trainer = Trainer(options, run, chat, prepared)
+    if options.dry_run:
+        print(f"a dry run: stopped before step 1 of {trainer.total or 'as many as fit the time'}")
+        return 0
+    run.create(resume=options.resume)
+    return trainer.train()
+
+
+def recall(options: SftOptions, run: RunDirectory) -> SftOptions:
+    """Fill what was left open with what the run to be resumed had chosen."""
+    stored = run.effective_options("sft")
+    open_ones = {name: value for name, value in stored.items() if getattr(options, name) in (None, "auto")}
+    if options.steps is not None or stored.get("steps") is not None:
+        open_ones |= {"epochs": None, "minutes": None}
+    return replace(options, **open_ones)
+
+
+def open_model_and_data(options: SftOptions) -> tuple[ChatModel, Prepared, bool]:
+    """Tokenise the data (or find it tokenised) and build or load the model; the last says whether it is new.
+
+    Raises  UserError if the data cannot be read, or tokenizer, model and row length do not go together
+    """
+    directory = Path(options.model)
+    from_scratch = not directory.is_dir()
+    check_length(options, preset(options.model) if from_scratch else ChatModel.read_config(directory))
+    tokenizer = options.tokenizer if from_scratch else options.tokenizer or directory / "tokenizer.json"
+    prepared = prepare(
+        options.data,
+        options.eval_data,
+        cache_folder(options),
+        tokenizer=tokenizer,
+        vocab_size=options.vocab_size,
+        train_on=options.train_on,
+        seq=options.seq or DEFAULT_SEQ,
+        skip_bad=options.skip_bad,
+        workers=2,
+    )
+    if from_scratch:
+        config = preset(options.model, vocab_size=prepared.tokenizer.size, attention=options.attention)
+        chat = ChatModel(GPT(config, seed=options.seed), prepared.tokenizer, prepared.template)
+    else:
+        chat = ChatModel.load(directory, attention=options.attention)
+        check_vocabulary(chat.model.config, prepared.tokenizer, directory)
+    return chat, prepared, from_scratch
+
+
+def check_length(options: SftOptions, config: GPTConfig) -> None:
+    """Raise UserError if the rows asked for are longer than the model reads; before any data is touched."""
+    if options.seq is not None and options.seq > config.max_positions:
+        raise UserError(
+            f"--seq {options.seq} is longer than the {config.max_positions} positions of {options.model}",
+            fix=f"--seq {config.max_positions}",
+        )
+
+
+def cache_folder(options: SftOptions) -> Path:
+    """Return the folder that holds this data tokenised this way; `prepare` checks its content."""
+    asked: list[Any] = [
+        options.data,
+        options.eval_data,
+        options.tokenizer,
+        options.model if options.tokenizer is None else "",
+    ]
+    asked += [options.vocab_size, options.train_on, options.seq or DEFAULT_SEQ, options.skip_bad]
+    name = hashlib.blake2b(repr(asked).encode() + str(Path.cwd()).encode(), digest_size=10).hexdigest()
+    return (options.cache or Path.home() / ".cache" / "minispeed") / name
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in every checkpoint."""
+
+    epoch: int = 0
+    step_of_epoch: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    seconds: float = 0.0  # spent in updates
+
+    def state(self) -> dict[str, Any]:
+        """Return what JSON can hold (it has no infinity)."""
+        return {**vars(self), "best_loss": None if math.isinf(self.best_loss) else self.best_loss}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Progress":
+        """Return what `state` described."""
+        return cls(**{**state, "best_loss": math.inf if state["best_loss"] is None else state["best_loss"]})
+
+
+class Trainer:
+    """The loop and what happens in it: update, evaluate, sample, save."""
+
+    def __init__(self, options: SftOptions, run: RunDirectory, chat: ChatModel, prepared: Prepared) -> None:
+        self.options, self.run, self.chat, self.prepared = options, run, chat, prepared
+        assert options.seq and options.batch and options.lr is not None and options.warmup is not None
+        weights = options.weights or None
+        self.packing = Packing(prepared.train, seq=options.seq, batch=options.batch, seed=options.seed, weights=weights)
+        self.eval_packing = None
+        if len(prepared.eval):
+            self.eval_packing = Packing(prepared.eval, seq=options.seq, batch=options.batch)
+        self.token_bytes = bytes_of_tokens(chat)
+        self.total = options.steps or sum(map(self.packing.steps_per_epoch, range(options.epochs or 0)))
+        assert options.weight_decay is not None
+        self.engine = Engine(
+            chat.model,
+            precision=choose_precision(options.dtype),
+            schedule=self.schedule(),
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            clip=options.clip,
+        )
+        self.progress = Progress()
+        self.pace: list[float] = []  # seconds of each update so far, while the number of steps is still open
+        self.bar = tqdm(disable=True)
+
+    def schedule(self) -> Any:
+        """The learning rate's course; before the number of steps is known only its rise is ever asked for."""
+        warmup = self.options.warmup or 0
+        return warmup_then(self.options.lr_schedule, warmup=warmup, total=self.total or warmup + 1)
+
+    def train(self) -> int:
+        """Run to the end, or to ctrl-C; write the model; score it. Returns the exit code."""
+        if self.options.resume:
+            self.load()
+        self.write_options()
+        untrained = self.evaluate() if self.engine.step == 0 else {}
+        with deferred_interrupt() as interrupted:
+            self.bar = tqdm(total=self.total or None, initial=self.engine.step, unit="step", disable=None, leave=False)
+            while not self.total or self.engine.step < self.total:
+                self.update()
+                step = self.engine.step
+                if self.is_due(step, self.options.eval_every):
+                    self.evaluate()
+                if (
+                    self.options.samples
+                    and step >= FIRST_SAMPLE
+                    and (step % FIRST_SAMPLE == 0 and _is_power(step // FIRST_SAMPLE))
+                ):
+                    self.sample()
+                if self.is_due(step, self.options.save_every):
+                    self.save(best=False)
+                if interrupted.is_set():
+                    break
+            self.bar.close()
+        if interrupted.is_set() and self.engine.step < (self.total or math.inf):
+            self.save(best=False)
+            self.chat.save(self.run.path)
+            where = self.run.path
+            print(f"stopped at step {self.engine.step} of {self.total or 'an open number'}, saved in {where}")
+            print(f"to go on: minispeed sft --config {where / 'run.json'} --resume")
+            return 130
+        self.finish(untrained)
+        return 0
+
+    def update(self) -> None:
+        """Make one update and write it down."""
+        tasks = self.packing.documents.tasks
+        seen = [Loss(0.0, 0, 0)] * len(tasks)
+
+        def observe(micro: Any, losses: torch.Tensor) -> None:
+            for index, loss in enumerate(by_task(micro, losses, self.token_bytes, len(tasks))):
+                seen[index] += loss
+
+        progress = self.progress
+        assert self.options.micro_batch
+        start = time.perf_counter()
+        batch = self.packing.batch(progress.epoch, progress.step_of_epoch)
+        report = self.engine.train_step(micro_batches(batch, self.options.micro_batch), observe)
+        seconds = time.perf_counter() - start
+        progress.seconds += seconds
+        progress.step_of_epoch += 1
+        if progress.step_of_epoch == self.packing.steps_per_epoch(progress.epoch):
+            progress.epoch, progress.step_of_epoch = progress.epoch + 1, 0
+        if not self.total:
+            self.pace.append(seconds)
+            self.set_total()
+        self.record(report, seconds, {task: loss.per_token for task, loss in zip(tasks, seen) if loss.tokens})
+
+    def set_total(self) -> None:
+        """Once the learning rate has risen, measure the pace and fix the number of steps that fill the time."""
+        if len(self.pace) < max(5, self.options.warmup or 0):
+            return
+        assert self.options.minutes is not None
+        left = self.options.minutes * 60 - self.progress.seconds
+        self.total = self.engine.step + max(1, round(left / statistics.median(self.pace[len(self.pace) // 2 :])))
+        self.options = replace(self.options, steps=self.total, minutes=None)
+        self.engine.schedule = self.schedule()
+        self.bar.total = self.total
+        self.write_options()
+
+    def record(self, report: Report, seconds: float, tasks: dict[str, float]) -> None:
+        """Write a line of metrics and move the progress bar."""
+        rate = report.num_tokens / seconds
+        figures = {"step": self.engine.step, **vars(report), "seconds": seconds, "tokens_per_second": rate}
+        self.run.append("metrics.jsonl", {**figures, "tasks": tasks})
+        self.bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+        if report.skipped:
+            self.say(f"step {self.engine.step}: the gradient's norm is {report.norm}; the step is skipped")
+
+    def evaluate(self, *, whole: bool = False) -> dict[str, Loss]:
+        """Return held-out losses per task, write them down, and keep the best checkpoint."""
+        if self.eval_packing is None:
+            return {}
+        assert self.options.micro_batch
+        losses = measure_loss(
+            self.chat.model,
+            self.eval_packing,
+            self.token_bytes,
+            micro_batch=self.options.micro_batch,
+            most_steps=None if whole else NUM_EVAL_STEPS,
+        )
+        together = sum(losses.values(), Loss(0.0, 0, 0))
+        step = self.engine.step
+        tasks = {task: loss.per_token for task, loss in losses.items()}
+        self.run.append("metrics.jsonl", {"step": step, "eval_loss": together.per_token, "eval_tasks": tasks})
+        self.say(f"step {step}: held-out loss {together.per_token:.4f}, perplexity {together.perplexity:.2f}")
+        if step and not whole and together.per_token < self.progress.best_loss:
+            self.progress.best_loss, self.progress.best_step = together.per_token, step
+            self.save(best=True)
+        return losses
+
+    def sample(self) -> None:
+        """Answer a few held-out prompts of each task; print one each with a tick or a cross, and keep all."""
+        conversations = first_of_each_task(self.prepared.eval_conversations(), self.options.samples)
+        step = self.engine.step
+        answered = answer_all(self.chat, conversations, max_new=self.options.max_new)
+        for one in answered:
+            self.run.append("samples.jsonl", {"step": step, **vars(one), "right": one.is_right})
+        right = sum(one.is_right for one in answered) / max(1, len(answered))
+        self.say(f"\nstep {step}, {self.progress.seconds:.0f} s of training: {right:.0%} of the answers are right")
+        self.say(transcript(answered))
+
+    def save(self, *, best: bool) -> None:
+        """Write a checkpoint of everything."""
+        engine = self.engine
+        state = {"step": engine.step, "num_updates": engine.num_updates, "total": self.total}
+        self.run.save_checkpoint(engine.tensors(), {**state, "progress": self.progress.state()}, best=best)
+
+    def load(self) -> None:
+        """Go on from the last checkpoint."""
+        tensors, state = self.run.load_checkpoint()
+        self.engine.load_tensors(tensors, step=state["step"], num_updates=state["num_updates"])
+        self.progress = Progress.of(state["progress"])
+        if not self.total and state["total"]:
+            self.total = state["total"]
+            self.engine.schedule = self.schedule()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            self.run.forget_after(name, self.engine.step)
+        print(f"going on from step {self.engine.step}")
+
+    def finish(self, untrained: dict[str, Loss]) -> None:
+        """Save, score and draw what came out."""
+        self.save(best=False)
+        self.chat.save(self.run.path)
+        losses = self.evaluate(whole=True)
+        if losses:
+            self.say(self.compare(losses, untrained))
+        chosen = first_of_each_task(self.prepared.eval_conversations(), self.options.score)
+        if self.options.score and chosen:
+            answered = answer_all(self.chat, chosen, max_new=self.options.max_new, progress=True)
+            self.say(table_of(figures_of(losses, answered)))
+        for path in draw_run(self.run.path, self.run.records("metrics.jsonl"), self.run.records("samples.jsonl")):
+            self.say(f"drawn: {path}")
+        rate = statistics.median(r["tokens_per_second"] for r in self.run.records("metrics.jsonl") if "norm" in r)
+        self.say(
+            f"{self.engine.step} steps, {self.progress.seconds:.0f} s, {rate:,.0f} tokens/s; the model is {self.run.path}"
+        )
+        self.say(f"talk to it: minispeed chat {self.run.path}")
+
+    def compare(self, losses: dict[str, Loss], untrained: dict[str, Loss]) -> str:
+        """Put the held-out perplexity beside the untrained model's and beside word frequencies alone."""
+        whole = sum(losses.values(), Loss(0.0, 0, 0))
+        vocab_size = self.chat.model.config.vocab_size
+        held_out = self.prepared.eval
+        frequencies = unigram_loss(
+            target_counts(self.prepared.train, vocab_size), held_out.tokens[:][held_out.learnt[:]]
+        )
+        before = f"{sum(untrained.values(), Loss(0.0, 0, 0)).perplexity:,.1f}" if untrained else "not measured"
+        best = self.progress
+        text = (
+            f"held-out perplexity {whole.perplexity:.2f} over {whole.tokens:,} tokens "
+            f"(untrained {before}, token frequencies alone {math.exp(frequencies):,.1f}), "
+            f"{whole.bits_per_byte:.3f} bits per byte"
+        )
+        if best.best_loss < whole.per_token - 0.01:
+            text += f"\nit was better at step {best.best_step} (loss {best.best_loss:.3f}): checkpoints/best holds it"
+        return text
+
+    def is_due(self, step: int, every: int | None) -> bool:
+        """Whether something that happens every so often (by default eight times a run) happens after this step."""
+        if not self.total:
+            return False
+        return step % (every or max(1, self.total // 8)) == 0 and step < self.total
+
+    def write_options(self) -> None:
+        """Write the effective options, with which the run can be repeated."""
+        options = to_json(replace(self.options, resume=False))
+        data_hash, folder = self.prepared.report["key"], self.prepared.folder
+        self.run.write_provenance("sft", options, data_hash=data_hash, prepared=folder)
+
+    def say(self, text: str) -> None:
+        """Print without breaking the progress bar."""
+        self.bar.write(text) if not self.bar.disable else print(text, flush=True)
+
+
+def transcript(answered: list[Answered]) -> str:
+    """Lay out the first answer of each task: a tick or a cross, the task, the prompt, the answer."""
+    first: dict[str, Answered] = {}
+    for one in answered:
+        first.setdefault(one.task, one)
+    width = max(map(len, first), default=0)
+    return "\n".join(
+        f"  {'✓' if one.is_right else '✗'} {task:{width}}  {_one_line(one.prompt, 48)}  ->  {_one_line(one.answer, 70)}"
+        for task, one in first.items()
+    )
+
+
+def _one_line(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _is_power(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Turn the first ctrl-C into an event that is looked at between steps; the second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        print("\nstopping after this step (ctrl-C again: at once)", flush=True)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,33 @@
+"""What holds for every test: one thread, one number of draws, and a GPU or a skip that says so."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Before torch is first imported, here and in the processes that tests start: sums are cut in the same places
+# on every machine, and tests that run ranks side by side do not fight for the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--examples", type=int, default=50, metavar="N", help="draws per drawn test (default: 50)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give every drawn test N draws: new ones each time, so that they add up; the same where CI is set."""
+    examples = config.getoption("--examples")
+    if examples < 1:
+        raise pytest.UsageError(f"--examples must be at least 1; got {examples}")
+    settings.register_profile("minispeed", max_examples=examples, deadline=None, derandomize="CI" in os.environ)
+    settings.load_profile("minispeed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
