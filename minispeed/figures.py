@@ -38,25 +38,32 @@ def draw_loss(path: Path, metrics: Records) -> Path:
 
 
 def draw_skills(path: Path, samples: Records) -> Path:
-    """Draw the share of right answers per task over the steps at which prompts were answered."""
+    """Draw the share of right answers as a map: a row per task, a column per step at which prompts were answered."""
     from matplotlib import pyplot
 
     right: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         right[sample["task"]][sample["step"]].append(sample["right"])
-    figure, axes = pyplot.subplots(figsize=(9, 4.5))
-    styles = ("-", "--", ":")
-    for index, (task, by_step) in enumerate(right.items()):
-        steps = sorted(by_step)
-        shares = [100 * sum(by_step[s]) / len(by_step[s]) for s in steps]
-        axes.plot(steps, shares, styles[index // 10 % 3], marker="o", ms=3, lw=1.2, label=task)
-    axes.set(xlabel="step", ylabel="right answers, %", xscale="log", ylim=(-3, 103))
-    axes.set_xticks(steps, [str(s) for s in steps])
-    axes.minorticks_off()
-    return _finish(figure, axes, path, outside=True)
+    steps = sorted({sample["step"] for sample in samples})
+    shares = [[_percent(by_step[step]) for step in steps] for by_step in right.values()]
+    figure, axes = pyplot.subplots(figsize=(1.8 + 0.75 * len(steps), 0.6 + 0.3 * len(right)))
+    axes.imshow(shares, cmap="YlGn", vmin=0, vmax=100, aspect="auto")
+    for row, row_shares in enumerate(shares):
+        for column, share in enumerate(row_shares):
+            colour = "white" if share > 65 else "black"
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(steps)), [str(step) for step in steps])
+    axes.set_yticks(range(len(right)), list(right))
+    axes.set(xlabel="step", title="right answers, %")
+    axes.title.set(color=GREY, fontsize=9)
+    return _finish(figure, axes, path)
 
 
-def _finish(figure: Any, axes: Any, path: Path, *, outside: bool = False) -> Path:
+def _percent(right: Sequence[bool]) -> float:
+    return 100 * sum(right) / max(1, len(right))
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> Path:
     """Style for light and dark pages, save, close."""
     from matplotlib import pyplot
 
@@ -65,8 +72,8 @@ def _finish(figure: Any, axes: Any, path: Path, *, outside: bool = False) -> Pat
         part.set_color(GREY)
     for spine in axes.spines.values():
         spine.set_color(GREY)
-    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if outside else {}
-    axes.legend(frameon=False, labelcolor=GREY, fontsize=8, **place)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
     figure.savefig(path, transparent=True, bbox_inches="tight")
     pyplot.close(figure)
     return path

@@ -273,3 +273,20 @@ def test_bad_input_is_one_sentence(words, message, chats, tmp_path, capsys):
     said = capsys.readouterr()
     assert message in said.err and "Traceback" not in said.err
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_several_files_follow_one_flag(chats, tmp_path):
+    second = tmp_path / "second.jsonl"
+    second.write_text(chats.read_text().replace("say", "tell"))
+    words = [
+        "sft",
+        "--model",
+        "nano",
+        "--out",
+        str(tmp_path / "run"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--seq",
+        "64",
+    ]
+    assert main([*words, "--weights", "1", "2", "--data", str(chats), str(second), "--dry-run"]) == 0

@@ -21,32 +21,36 @@ class SftOptions(Options):
 
     model: str = option(help="a preset (nano, tiny, small, medium, gpt2, ...) or the directory of a run", group=MODEL)
     data: list[Path] = option(
-        help="files of conversations to learn from: JSONL or JSON, plain or .gz", group=DATA, metavar="FILE"
+        help="files of conversations to learn from: JSONL or JSON, plain or .gz", group=DATA, metavar="FILE..."
     )
     out: Path = option(help="directory that the run writes to", group=RUNNING, metavar="RUN")
     eval_data: list[Path] = option(
-        [], help="files to score on; without any, 5 % of --data is held out", group=DATA, metavar="FILE"
+        [], help="files to score on; without any, 5 % of --data is held out", group=DATA, metavar="FILE..."
     )
     weights: list[float] = option([], help="one per --data file: how often each is drawn", group=DATA, low=0)
     tokenizer: Path | None = option(None, help="a tokenizer.json; without one, it is learnt from --data", group=DATA)
     vocab_size: int = option(4096, help="size of a tokenizer that is learnt", group=DATA, unit="tokens", low=262)
     train_on: str = option("assistant", help="which turns are learnt", choices=("assistant", "all"), group=DATA)
-    seq: int | None = option(None, help="length of a row", unit="tokens", low=2, group=DATA)
+    seq: int | None = option(None, by_case=True, help="length of a row", unit="tokens", low=2, group=DATA)
     skip_bad: bool = option(False, help="count malformed lines instead of stopping at them", group=DATA)
     cache: Path | None = option(None, help="where tokenised data is kept for the next run", group=DATA, metavar="DIR")
     steps: int | None = option(None, help="updates to make", low=1, group=LEARNING)
     epochs: int | None = option(None, help="passes over the data (in place of --steps)", low=1, group=LEARNING)
     minutes: float | None = option(None, help="time to train for (in place of --steps)", low=0.05, group=LEARNING)
-    batch: int | None = option(None, help="rows per step, all ranks together", unit="rows", low=1, group=LEARNING)
-    micro_batch: int | None = option(
-        None, help="rows that go through the model at once", unit="rows", low=1, group=LEARNING
+    batch: int | None = option(
+        None, by_case=True, help="rows per step, all ranks together", unit="rows", low=1, group=LEARNING
     )
-    lr: float | None = option(None, help="learning rate at its highest", low=0, group=LEARNING)
-    warmup: int | None = option(None, help="steps over which the learning rate rises", low=0, group=LEARNING)
+    micro_batch: int | None = option(
+        None, by_case=True, help="rows that go through the model at once", unit="rows", low=1, group=LEARNING
+    )
+    lr: float | None = option(None, by_case=True, help="learning rate at its highest", low=0, group=LEARNING)
+    warmup: int | None = option(
+        None, by_case=True, help="steps over which the learning rate rises", low=0, group=LEARNING
+    )
     lr_schedule: str = option(
         "cosine", help="how it falls afterwards", choices=("cosine", "linear", "constant"), group=LEARNING
     )
-    weight_decay: float | None = option(None, help="AdamW's decay of matrices", low=0, group=LEARNING)
+    weight_decay: float | None = option(None, by_case=True, help="AdamW's decay of matrices", low=0, group=LEARNING)
     clip: float = option(1.0, help="largest norm of the gradient; 0 leaves it", low=0, group=LEARNING)
     attention: str = option("fused", help="which implementation", choices=("fused", "tiled", "reference"), group=MODEL)
     dtype: str = option(
@@ -58,8 +62,8 @@ class SftOptions(Options):
     ranks: int = option(1, help="processes that share the work", low=1, high=1, group=RUNNING)
     threads: int = option(0, help="threads that torch computes with; 0 takes every core", low=0, group=RUNNING)
     seed: int = option(0, help="the same seed gives the same weights, bit for bit", low=0, group=RUNNING)
-    eval_every: int | None = option(None, help="steps between evaluations", low=1, group=WRITING)
-    save_every: int | None = option(None, help="steps between checkpoints", low=1, group=WRITING)
+    eval_every: int | None = option(None, by_case=True, help="steps between evaluations", low=1, group=WRITING)
+    save_every: int | None = option(None, by_case=True, help="steps between checkpoints", low=1, group=WRITING)
     samples: int = option(0, help="held-out prompts per task answered while it learns", low=0, group=WRITING)
     max_new: int = option(256, help="longest answer when it is scored", unit="tokens", low=1, group=WRITING)
     score: int = option(50, help="held-out prompts per task answered at the end", low=0, group=WRITING)

@@ -334,7 +334,8 @@ class Trainer:
             self.say(f"drawn: {path}")
         rate = statistics.median(r["tokens_per_second"] for r in self.run.records("metrics.jsonl") if "norm" in r)
         self.say(
-            f"{self.engine.step} steps, {self.progress.seconds:.0f} s, {rate:,.0f} tokens/s; the model is {self.run.path}"
+            f"{self.engine.step} steps, {self.progress.seconds:.0f} s, {rate:,.0f} tokens/s; "
+            f"the model is {self.run.path}"
         )
         self.say(f"talk to it: minispeed chat {self.run.path}")
 

@@ -44,6 +44,7 @@ class Option(NamedTuple):
     low: float | None = None
     high: float | None = None
     positional: bool = False
+    by_case: bool = False
     name: str = ""
     kind: Kind = Kind(str)
     default: Any = MISSING
@@ -94,6 +95,7 @@ def option(default: Any = MISSING, *, help: str, choices: Iterable[Any] = (), **
     metavar     what stands for the value in help
     group       the heading that help lists it under
     low, high   bounds, both of them allowed
+    by_case     whether an option that is not set takes a value from the case
     positional  typed without its flag, in the order of the fields; the last may be a list, and takes the rest
     """
     default = tuple(default) if isinstance(default, list) else default

@@ -118,7 +118,7 @@ def _typed(spec: Option) -> str:
 def _remarks(spec: Option) -> str:
     """Return unit, limits and default of an option, in brackets."""
     unit = f"in {spec.unit}" if spec.unit else ""
-    several = "may be given several times" if spec.kind.many and not spec.positional else ""
+    several = "one or more" if spec.kind.many and not spec.positional else ""
     default = "" if spec.group == "everywhere" else _default(spec)
     return f"({'; '.join(filter(None, [unit, *spec.limits, several, default]))})".replace("()", "")
 
@@ -131,7 +131,9 @@ def _default(spec: Option) -> str:
         shown = "on" if shown else "off"
     elif isinstance(shown, (list, tuple)):
         shown = ", ".join(map(str, shown)) or "none"
-    return f"default: {'not set' if shown is None else shown}"
+    return (
+        f"default: {'chosen by the case' if shown is None and spec.by_case else 'not set' if shown is None else shown}"
+    )
 
 
 def _cell(text: str) -> str:

@@ -1,8 +1,8 @@
 """Words and config files -> options; options <-> JSON.
 
 A command line is flags in any order, and positional words. `-` and `_` are one in names. A switch is `--name`
-or `--no-name`; a list is its flag given several times; `--no-name` also empties a list and unsets an optional
-value. `--config FILE` reads the command's block of a JSON file, {"sft": {"epochs": 2}}; flags win over it.
+or `--no-name`; a list is several words after its flag, or the flag several times; `--no-name` also empties a list
+and unsets an optional value. `--config FILE` reads the command's block of a JSON file, {"sft": {"epochs": 2}}; flags win over it.
 Nothing is guessed: an unknown name is an error that says which one was meant.
 """
 
@@ -76,6 +76,8 @@ def _command_line(argv: Sequence[str], cls: type[Options]) -> dict[str, Any]:
         else:
             spec, value = _flag(word, words, table, command_of(cls))
             found.setdefault(spec.name, []).append(value)
+            while spec.kind.many and value != () and "=" not in word and words and not words[0].startswith("-"):
+                found[spec.name].append(_read_text(words.popleft(), spec, spec.flag))
     for name, values in _placed(loose, cls).items():
         found.setdefault(name, []).extend(values)
     given = {name: _joined(values, table[name]) for name, values in found.items()}
