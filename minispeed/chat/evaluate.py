@@ -1,8 +1,8 @@
 """Score a model on conversations that it has not seen: its loss, token by token, and its answers.
 
 Loss is exact over all supervised tokens (a mean of batch means would weigh short batches more). It is given as
-perplexity and as bits per byte, which compares across tokenizers. Answers are generated greedily by the code that serves
-them, from the same prompt that training saw.
+perplexity and as bits per byte, which compares across tokenizers. Answers are generated greedily by the code that
+serves them, from the same prompt that training saw.
 """
 
 import json

@@ -2,8 +2,8 @@
 
 A command line is flags in any order, and positional words. `-` and `_` are one in names. A switch is `--name`
 or `--no-name`; a list is several words after its flag, or the flag several times; `--no-name` also empties a list
-and unsets an optional value. `--config FILE` reads the command's block of a JSON file, {"sft": {"epochs": 2}}; flags win over it.
-Nothing is guessed: an unknown name is an error that says which one was meant.
+and unsets an optional value. `--config FILE` reads the command's block of a JSON file, {"sft": {"epochs": 2}};
+flags win over it. Nothing is guessed: an unknown name is an error that says which one was meant.
 """
 
 import json
