@@ -1,8 +1,8 @@
 """Lay many tensors into one flat buffer, and cut the buffer into one shard per rank.
 
-One collective on one long buffer beats a hundred on short ones, and a buffer, unlike a list of tensors, can be
-cut in N equal parts. The price is book-keeping: which slice of which tensor lies in shard r. It is interval
-arithmetic, and all of it is here; ZeRO and the checkpoints both read it off the same object.
+One collective on one long buffer beats a hundred on short ones, and a buffer, unlike a list of tensors, can
+be cut in N equal parts. The price is book-keeping: which slice of which tensor lies in shard r. It is
+interval arithmetic, and all of it is here; ZeRO and the checkpoints both read it off the same object.
 
     flat:    | a a a a a | b b | c c c c . . |      . is padding, it belongs to nobody
     shards:  |   rank 0    |    rank 1       |      here b is cut in two

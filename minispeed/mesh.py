@@ -1,8 +1,9 @@
 """Say where each rank stands: arithmetic between rank numbers and the axes of the mesh.
 
 A world of W ranks is a box with four sides, W = pp x dp x sp x tp: pipeline, data, sequence and tensor
-parallelism. Rank numbers run through it as the digits of a clock run, tp fastest: neighbours in tp, which talk
-most, are neighbours in the machine. A line is the ranks that differ along the given axes only: one group.
+parallelism. Rank numbers run through it as the digits of a clock run, tp fastest: neighbours in tp, which
+talk most, are neighbours in the machine. A line is the ranks that differ along the given axes only: one
+group.
 
 Megatron-LM, Narayanan et al. 2021, section 3.2.  https://arxiv.org/abs/2104.04473
 """
