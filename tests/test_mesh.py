@@ -1,8 +1,7 @@
 """Laws of the mesh: coordinates name each rank once, and the lines of any axes partition the ranks."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from minispeed.errors import UserError
 from minispeed.mesh import AXES, Mesh, line_of

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from minispeed.collective import rings
 from minispeed.collective.launch import launch
 from minispeed.collective.trace import Trace, Traced
 from minispeed.testing.strategies import ranks, seeds, sizes
-
-few = settings(max_examples=60, deadline=None)
 
 
 def drawn(seed, rank, size):
@@ -41,14 +38,12 @@ def both(world, seed, size, root, op):
     return [*zip(ours, plain, strict=True), tuple(gathered), tuple(scattered)]
 
 
-@few
 @given(ranks, sizes, seeds, st.integers(0, 6), st.sampled_from(["sum", "max", "min"]))
 def test_rings_equal_the_plain_collectives(n, size, seed, root, op):
     for results in launch(both, seed, size, root % n, op, ranks=n):
         assert all(torch.equal(ours, plain) for ours, plain in results)
 
 
-@few
 @given(st.integers(0, 100), st.integers(1, 9))
 def test_parts_cover_the_buffer_and_differ_by_one_at_most(n, size):
     bounds = rings.part_bounds(n, size)

@@ -6,8 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from minispeed.collective.group import CollectiveError, SoloGroup
 from minispeed.collective.launch import launch
@@ -17,7 +16,6 @@ from minispeed.mesh import Mesh
 from minispeed.testing.strategies import meshes, ranks, seeds, sizes
 
 dtypes = st.sampled_from(["float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool"])
-few = settings(max_examples=60, deadline=None)
 
 
 def drawn(seed, rank, size, dtype):
@@ -70,7 +68,6 @@ def definitions(rank, n, seed, size, dtype, root):
     ]
 
 
-@few
 @given(ranks, sizes, dtypes, seeds, st.integers(0, 6), st.booleans())
 def test_collectives_are_their_definitions(n, size, dtype, seed, root, lockstep):
     args = (seed, size, dtype, root % n)
@@ -80,7 +77,6 @@ def test_collectives_are_their_definitions(n, size, dtype, seed, root, lockstep)
             assert torch.equal(ours, expected)
 
 
-@few
 @given(sizes, dtypes, seeds)
 def test_a_group_of_one_needs_no_threads(size, dtype, seed):
     solo = type("World", (), {"group": SoloGroup(), "rank": 0, "size": 1})
@@ -90,7 +86,6 @@ def test_a_group_of_one_needs_no_threads(size, dtype, seed):
         assert torch.equal(ours, expected)
 
 
-@few
 @given(st.integers(1, 5), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), sizes), max_size=12))
 def test_messages_of_one_exchange_arrive_in_order(n, messages):
     """Any set of messages, several between the same two ranks and some to myself among them."""
@@ -106,7 +101,6 @@ def test_messages_of_one_exchange_arrive_in_order(n, messages):
     assert all(launch(step, ranks=n))
 
 
-@settings(max_examples=30, deadline=None)
 @given(meshes(largest=12), st.lists(st.sampled_from(["pp", "dp", "sp", "tp"]), unique=True))
 def test_subgroups_are_the_lines_of_the_mesh(mesh, axes):
     def total(world):

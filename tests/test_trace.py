@@ -3,15 +3,12 @@
 import math
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from minispeed.collective import rings
 from minispeed.collective.launch import launch
 from minispeed.collective.trace import Trace, Traced
 from minispeed.testing.strategies import ranks, sizes
-
-few = settings(max_examples=60, deadline=None)
 
 
 def sent_by_each(world, size, dtype, root):
@@ -36,7 +33,6 @@ def sent_by_each(world, size, dtype, root):
     return figures
 
 
-@few
 @given(ranks, sizes, st.sampled_from(["float64", "float32", "bfloat16", "bool"]), st.integers(0, 6))
 def test_bytes_sent_are_those_of_the_rings_messages(n, size, dtype, root):
     per_rank = launch(sent_by_each, size, dtype, root % n, ranks=n)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from minispeed.collective.group import CollectiveError, call_site
 
-_FILE_SIZE = 4096  # bytes; written in one call, so that a kill leaves it whole
+_FILE_SIZE = 8192  # bytes; written in one call, so that a kill leaves it whole
+_TEXT_SIZE = 1000  # characters: an exchange may list many messages
 
 
 @dataclass
@@ -61,8 +62,8 @@ class FlightRecorder:
 
     def _write(self, operation: Operation) -> None:
         if self._file is not None:
-            fields = (str(operation.number), operation.state, operation.text, operation.site)
-            os.pwrite(self._file, "\0".join(fields).encode()[:_FILE_SIZE].ljust(_FILE_SIZE, b"\n"), 0)
+            fields = (str(operation.number), operation.state, operation.text[:_TEXT_SIZE], operation.site)
+            os.pwrite(self._file, "\0".join(fields).encode().ljust(_FILE_SIZE, b"\n")[:_FILE_SIZE], 0)
 
 
 def last_operation(path: Path) -> Operation | None:

@@ -165,7 +165,8 @@ def check_shippable(fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Raise UserError if another process could not find the function or its arguments."""
     try:
         pickle.dumps((fn, args))
-        is_lost = fn.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__")
+        file = getattr(sys.modules[fn.__module__], "__file__", None)  # "<stdin>" where Python reads a pipe
+        is_lost = fn.__module__ == "__main__" and not (file and Path(file).exists())
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise UserError(f"{fn!r} cannot go to another process: {error}", fix=_FIX) from error
     if is_lost:
