@@ -137,6 +137,8 @@ def test_torchrun_is_known_by_its_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     assert under_torchrun()
+    with pytest.raises(UserError, match="lockstep needs ranks that are threads, got torchrun's processes"):
+        minispeed.launch(lambda world: None, lockstep=True)
 
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error():

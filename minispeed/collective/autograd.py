@@ -82,7 +82,7 @@ class _Copy(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return all_reduce(grad, ctx.group), None
 
 
@@ -95,7 +95,7 @@ class _AllReduce(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return copy(grad, ctx.group), None
 
 
@@ -106,7 +106,7 @@ class _AllGather(torch.autograd.Function):
         return _gathered(x, group, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return reduce_scatter(grad, ctx.group, dim=ctx.dim), None, None
 
 
@@ -117,7 +117,7 @@ class _AllGatherCopies(torch.autograd.Function):
         return _gathered(x, group, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return split(grad, ctx.group, dim=ctx.dim), None, None
 
 
@@ -131,7 +131,7 @@ class _ReduceScatter(torch.autograd.Function):
         return mine
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return all_gather(grad, ctx.group, dim=ctx.dim, copies=False), None, None
 
 
@@ -142,7 +142,7 @@ class _Split(torch.autograd.Function):
         return _slices(x, group, dim)[group.rank]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return all_gather(grad, ctx.group, dim=ctx.dim, copies=True), None, None
 
 
@@ -156,7 +156,7 @@ class _AllToAll(torch.autograd.Function):
         return torch.cat(came.unbind(), dim=join_dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return all_to_all(grad, ctx.group, cut_dim=ctx.join_dim, join_dim=ctx.cut_dim), None, None, None
 
 

@@ -5,7 +5,7 @@ rank notes every operation before it starts, with the user's line; what it noted
 up, and lies in a file that outlives it, where the launcher looks for the one rank that was not waiting.
 """
 
-import os
+import mmap
 import sys
 from collections import deque
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minispeed.collective.group import CollectiveError, call_site
 
-_FILE_SIZE = 8192  # bytes; written in one call, so that a kill leaves it whole
+_FILE_SIZE = 8192  # bytes
 _TEXT_SIZE = 1000  # characters: an exchange may list many messages
 
 
@@ -37,7 +37,11 @@ class FlightRecorder:
         """Keep the last `keep` operations; with a path, the last of all in that file too."""
         self.rank = rank
         self.operations: deque[Operation] = deque(maxlen=keep)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT) if path else None
+        self._memory = None
+        if path:
+            path.write_bytes(b"\n" * _FILE_SIZE)
+            with path.open("r+b") as file:
+                self._memory = mmap.mmap(file.fileno(), _FILE_SIZE)  # outlives the process; no system call
 
     def begin(self, text: str) -> Operation:
         """Note that the user's code called a collective."""
@@ -61,9 +65,9 @@ class FlightRecorder:
         return CollectiveError(f"rank {self.rank} gave up in operation {operation}: {reason}")
 
     def _write(self, operation: Operation) -> None:
-        if self._file is not None:
+        if self._memory is not None:
             fields = (str(operation.number), operation.state, operation.text[:_TEXT_SIZE], operation.site)
-            os.pwrite(self._file, "\0".join(fields).encode().ljust(_FILE_SIZE, b"\n")[:_FILE_SIZE], 0)
+            self._memory[:] = "\0".join(fields).encode().ljust(_FILE_SIZE, b"\n")[:_FILE_SIZE]
 
 
 def last_operation(path: Path) -> Operation | None:

@@ -150,17 +150,12 @@ def check_buffers(
     if (out.dtype, out.device) != (x.dtype, x.device):
         what = f"out is {out.dtype} on {out.device}, x {x.dtype} on {x.device}"
         raise UserError(f"{kind}: {what}", fix="one dtype and one device for both")
-    factor_out, factor_x = {"all_gather": (1, group.size), "reduce_scatter": (group.size, 1)}.get(
-        kind, (1, 1)
-    )
-    if out.numel() * factor_out != x.numel() * factor_x:
-        needed = x.numel() * factor_x / factor_out
-        what = f"{kind} over {group.size} ranks: out has {out.numel()} elements, x {x.numel()}"
-        raise UserError(what, fix=f"out of {needed:g} elements")
-    if kind == "all_to_all" and x.numel() % group.size:
-        raise UserError(
-            f"all_to_all over {group.size} ranks: x has {x.numel()} elements", fix="a multiple of N"
-        )
+    factor = {"all_gather": group.size, "reduce_scatter": 1 / group.size}.get(kind, 1)
+    what = f"{kind} over {group.size} ranks: x has {x.numel()} elements"
+    if kind in ("reduce_scatter", "all_to_all") and x.numel() % group.size:
+        raise UserError(what, fix="a multiple of the number of ranks")
+    if out.numel() != round(x.numel() * factor):
+        raise UserError(f"{what}, out {out.numel()}", fix=f"out of {round(x.numel() * factor)} elements")
 
 
 def check_messages(group: Exchanging, sends: Sequence[Message], recvs: Sequence[Message]) -> None:
@@ -168,12 +163,11 @@ def check_messages(group: Exchanging, sends: Sequence[Message], recvs: Sequence[
     for buffer, peer in (*sends, *recvs):
         if not 0 <= peer < group.size:
             raise UserError(
-                f"exchange with rank {peer} in a group of {group.size}", fix="a rank of this group"
+                f"exchange with rank {peer} in a group of {group.size}", fix="a rank in the group"
             )
         if not buffer.is_contiguous():
-            raise UserError(
-                f"exchange: a buffer of shape {tuple(buffer.shape)} is not contiguous", fix=".contiguous()"
-            )
+            shape = tuple(buffer.shape)
+            raise UserError(f"exchange: a buffer of shape {shape} is not contiguous", fix=".contiguous()")
 
 
 def check_lines(group: Exchanging, lines: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -209,6 +203,13 @@ def copy_to_self(sends: Sequence[Message], recvs: Sequence[Message]) -> None:
 def describe(x: Tensor) -> str:
     """Return what of a buffer the ranks must agree on: "4 float32"."""
     return f"{x.numel()} {str(x.dtype).removeprefix('torch.')}"
+
+
+def describe_messages(sends: Sequence[Message], recvs: Sequence[Message]) -> str:
+    """Return an exchange in words: "exchange(4 float32 to 1, 4 float32 from 3)"."""
+    parts = [f"{describe(x)} to {peer}" for x, peer in sends]
+    parts += [f"{describe(x)} from {peer}" for x, peer in recvs]
+    return f"exchange({', '.join(parts)})"
 
 
 _HERE = str(Path(__file__).parent)

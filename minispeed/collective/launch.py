@@ -46,11 +46,11 @@ def launch(
     """Run `fn(world, *args)` on every rank and return what the ranks returned, in rank order.
 
     ranks     how many; 1 if not given
-    backend   "threads": any function, one process, deterministic; "gloo": one process each; "nccl": one GPU
-    each lockstep  threads run one at a time and hand over only inside a collective: prints come in rank
-              order, and a breakpoint stops one rank while the others hold
-    timeout   seconds that a rank of "gloo" or "nccl" waits in a collective before it gives up; threads never
-    do device    where thread ranks compute
+    backend   "threads": one process, any function, deterministic; "gloo": a process each; "nccl": a GPU each
+    lockstep  threads run one at a time and hand over only inside a collective: prints come in rank order,
+              and a breakpoint stops one rank while the others hold
+    timeout   seconds that a rank of "gloo" or "nccl" waits in a collective before it gives up; not threads
+    device    where thread ranks compute
 
     Under torchrun `fn` runs once, on this process's rank, and the list holds its one result; `ranks` is
     torchrun's affair then, and "threads" means "nccl" where there is a GPU, else "gloo".
@@ -59,9 +59,11 @@ def launch(
             UserError on an unknown backend, ranks below 1, or a function that cannot go to another process
     """
     if backend not in BACKENDS:
-        raise UserError(
-            f"there is no backend {backend!r}", fix=nearest(backend, BACKENDS) or ", ".join(BACKENDS)
-        )
+        fix = nearest(backend, BACKENDS) or ", ".join(BACKENDS)
+        raise UserError(f"there is no backend {backend!r}", fix=fix)
+    if lockstep and (backend != "threads" or under_torchrun()):
+        processes = "torchrun's processes" if under_torchrun() else repr(backend)
+        raise UserError(f"lockstep needs ranks that are threads, got {processes}", fix='backend="threads"')
     if under_torchrun():
         with inside(join(backend=backend, ranks=ranks, timeout=timeout)) as world:
             return [fn(world, *args)]
@@ -70,8 +72,6 @@ def launch(
         raise UserError(f"launch with {size} ranks", fix="ranks=1")
     if backend == "threads":
         return run_threads(lambda group: _on_thread(fn, args, group, device), size, lockstep=lockstep)
-    if lockstep:
-        raise UserError(f"lockstep needs ranks that are threads, got {backend!r}", fix='backend="threads"')
     if backend == "nccl" and torch.cuda.device_count() < size:
         what = f"{size} ranks on nccl need as many GPUs, this machine has {torch.cuda.device_count()}"
         raise UserError(what, fix='backend="gloo"')

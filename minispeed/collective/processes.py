@@ -32,6 +32,7 @@ from minispeed.collective.group import (
     check_messages,
     copy_to_self,
     describe,
+    describe_messages,
 )
 
 # torch 2.13 renamed these two; 2.11 knows only the older names.
@@ -75,48 +76,39 @@ class TorchGroup:
         check_buffers("all_reduce", self, x, op=op)
         numbers, number_op = (x.view(torch.uint8), _BOOL_OPS[op]) if x.dtype == torch.bool else (x, op)
         text = f"all_reduce({op}) of {describe(x)}"
-        return self._begin(text, dist.all_reduce, numbers.detach(), _OPS[number_op])
+        return self._begin(text, dist.all_reduce, _flat(numbers), _OPS[number_op])
 
     def all_gather(self, out: Tensor, x: Tensor) -> Work:
         """Write every rank's `x` (n,) into `out` (N n,), in rank order; `x` may lie at its place in `out`."""
         check_buffers("all_gather", self, x, out)
-        text, flat_out, flat_x = f"all_gather of {describe(x)}", out.detach().view(-1), x.detach().view(-1)
+        text = f"all_gather of {describe(x)}"
         if self._rings and out.nbytes >= RING_BYTES["all_gather"]:
-            return self._begin_ring(text, rings.all_gather, flat_out, flat_x)
-        return self._begin(text, _all_gather, flat_out, flat_x)
+            return self._begin_ring(text, rings.all_gather, _flat(out), _flat(x))
+        return self._begin(text, _all_gather, _flat(out), _flat(x))
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Work:
         """Sum every rank's `x` (N n,) and write part `rank` of the sum into `out` (n,)."""
         check_buffers("reduce_scatter", self, x, out)
-        text, flat_out, flat_x = (
-            f"reduce_scatter of {describe(x)}",
-            out.detach().view(-1),
-            x.detach().view(-1),
-        )
+        text = f"reduce_scatter of {describe(x)}"
         if self._rings and (x.nbytes >= RING_BYTES["reduce_scatter"] or x.dtype == torch.bool):
-            return self._begin_ring(text, rings.reduce_scatter, flat_out, flat_x)
-        return self._begin(text, _reduce_scatter, flat_out, flat_x)
+            return self._begin_ring(text, rings.reduce_scatter, _flat(out), _flat(x))
+        return self._begin(text, _reduce_scatter, _flat(out), _flat(x))
 
     def all_to_all(self, out: Tensor, x: Tensor) -> Work:
         """Send part r of `x` (N n,) to rank r; `out` (N n,) holds what came, in rank order."""
         check_buffers("all_to_all", self, x, out)
-        text = f"all_to_all of {describe(x)}"
-        return self._begin(text, dist.all_to_all_single, out.detach().view(-1), x.detach().view(-1))
+        return self._begin(f"all_to_all of {describe(x)}", dist.all_to_all_single, _flat(out), _flat(x))
 
     def broadcast(self, x: Tensor, root: int) -> Work:
         """Replace `x` (n,) by that of rank `root`."""
         check_buffers("broadcast", self, x, root=root)
-        return self._begin(
-            f"broadcast from {root} of {describe(x)}", dist.broadcast, x.detach(), self.members[root]
-        )
+        text = f"broadcast from {root} of {describe(x)}"
+        return self._begin(text, dist.broadcast, _flat(x), self.members[root])
 
     def exchange(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Work:
         """Send and receive point to point, all in flight together."""
         check_messages(self, sends, recvs)
-        parts = [f"{describe(x)} to {peer}" for x, peer in sends] + [
-            f"{describe(x)} from {peer}" for x, peer in recvs
-        ]
-        return self._record(f"exchange({', '.join(parts)})", lambda: [self._lane.exchange(sends, recvs)])
+        return self._record(describe_messages(sends, recvs), lambda: [self._lane.exchange(sends, recvs)])
 
     def subgroup(self, lines: Sequence[Sequence[int]]) -> "TorchGroup":
         """Return the group of the line that holds me; only its own ranks need to call, in one order."""
@@ -200,3 +192,7 @@ class _Recorded:
         except RuntimeError as error:
             raise self.recorder.give_up(self.operation, error) from error
         self.recorder.become(self.operation, "done")
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().view(-1)

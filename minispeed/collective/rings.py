@@ -7,8 +7,8 @@ hardly depends on N. Gathered at one rank, the same sum waits for that rank's li
     sent per rank     reduce-scatter  all-gather  all-reduce       through one rank
     elements          n (N - 1)/N     n (N - 1)/N 2 n (N - 1)/N    n, and at the root n (N - 1)
 
-Patarasu & Yuan 2009, Bandwidth optimal all-reduce algorithms, section 4; the tree is binomial, as in Thakur
-et al. 2005, section 4.3.
+Patarasu & Yuan 2009, Bandwidth optimal all-reduce algorithms for clusters of workstations; the tree is
+binomial: Thakur, Rabenseifner & Gropp 2005, Optimization of collective communication operations in MPICH.
 Letters: N ranks of the group, n elements of the whole buffer.
 """
 

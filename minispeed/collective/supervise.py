@@ -229,12 +229,9 @@ def _judge(ranks: list[Rank], endings: dict[int, _Ending]) -> NoReturn:
     for rank, ending in sorted(endings.items()):
         if ending.exit_code:
             code = ending.exit_code
-            how = (
-                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            )
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             raise CollectiveError(f"rank {rank} {how}\n{_log(ranks)}")
-    errors = {rank: ending for rank, ending in sorted(endings.items()) if ending.error is not None}
-    for rank, ending in errors.items():
+    for rank, ending in sorted(endings.items()):
         if ending.error is not None and not isinstance(ending.error, CollectiveError):
             raise ending.error from RankTraceback(f"on rank {rank}:\n{ending.trace}")
     raise CollectiveError(f"{_culprit(ranks, endings)}\n{_log(ranks)}")
@@ -244,9 +241,8 @@ def _culprit(ranks: list[Rank], endings: dict[int, _Ending]) -> str:
     """Name the rank that the others waited for: one elsewhere, else one in an operation of its own."""
     for rank in ranks:
         if rank.post.rank not in endings:
-            return (
-                f"rank {rank.post.rank} stopped at {_present_line(rank)}, and the other ranks gave up waiting"
-            )
+            where = _present_line(rank)
+            return f"rank {rank.post.rank} stopped at {where}, and the other ranks gave up waiting"
     for number, ending in sorted(endings.items()):
         if ending.is_good:
             return f"rank {number} returned, and the other ranks gave up waiting for it"
@@ -259,10 +255,10 @@ def _culprit(ranks: list[Rank], endings: dict[int, _Ending]) -> str:
 
 def _log(ranks: list[Rank]) -> str:
     """Return the last operation of every rank, a line each."""
-    lines = [
-        f"rank {rank.post.rank}: {last_operation(rank.post.record) or 'no collective yet'}" for rank in ranks
-    ]
-    return "last operations:\n  " + "\n  ".join(lines)
+    last = {rank.post.rank: last_operation(rank.post.record) or "no collective yet" for rank in ranks}
+    return "last operations:" + "".join(
+        f"\n  rank {number}: {operation}" for number, operation in last.items()
+    )
 
 
 def _present_line(rank: Rank) -> str:

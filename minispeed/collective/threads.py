@@ -32,6 +32,7 @@ from minispeed.collective.group import (
     check_lines,
     check_messages,
     describe,
+    describe_messages,
 )
 
 T = TypeVar("T")
@@ -112,10 +113,7 @@ class ThreadGroup:
         A buffer must not be sent and received into at once: the other side may come first.
         """
         check_messages(self, sends, recvs)
-        parts = [f"{describe(x)} to {peer}" for x, peer in sends] + [
-            f"{describe(x)} from {peer}" for x, peer in recvs
-        ]
-        call = Call(self._member, f"exchange({', '.join(parts)})", call_site())
+        call = Call(self._member, describe_messages(sends, recvs), call_site())
         with self._cluster.changed, torch.no_grad():
             self._cluster.check_alive()
             for buffer, peer in sends:

@@ -5,7 +5,7 @@ sent: the bytes that leave this rank when the collective runs as the ring or tre
 least that any algorithm sends in all (for all-reduce, 2 n (N - 1) over all ranks), whatever backend carries
 it.
 
-Patarasu & Yuan 2009, section 3, for the lower bounds.
+Patarasu & Yuan 2009, Bandwidth optimal all-reduce algorithms, for the lower bounds.
 Letters: N ranks of the group, n elements of the whole buffer.
 """
 

@@ -1,11 +1,11 @@
-"""Keep a few gloo processes for the tests: started once, then each test costs milliseconds instead of
-seconds.
+"""Keep a few gloo processes for the tests: started once, each test costs milliseconds, not seconds.
 
 Every process holds a world of each size up to the pool's; a task goes to the first `ranks` of them, as the
 name of a function and plain arguments. A task that fails or takes too long ends all processes; the next one
 finds new ones.
 """
 
+import atexit
 import functools
 import importlib
 import tempfile
@@ -25,6 +25,7 @@ class GlooPool:
         """Start nothing yet; `timeout` (seconds) is how long a collective may wait."""
         self.size, self.timeout = size, timeout
         self._ranks: list[Rank] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, fn: Callable[..., Any], *args: Any, ranks: int, timeout: float = 60.0) -> list[Any]:
         """Run `fn(world, *args)`, a function at the top level of a module, on `ranks` processes.
@@ -45,10 +46,13 @@ class GlooPool:
     def close(self) -> None:
         """End the processes."""
         stop(self._ranks)
-        self._ranks = []
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._ranks, self._folder = [], None
 
     def _start(self) -> list[Rank]:
-        folder = Path(tempfile.mkdtemp(prefix="minispeed-pool-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="minispeed-pool-")
+        folder = Path(self._folder.name)
         common = functools.partial(Post, backend="gloo", timeout=self.timeout, folder=folder, num_threads=1)
         self._ranks = [start(common(rank=rank, size=self.size), _serve) for rank in range(self.size)]
         return self._ranks
@@ -57,7 +61,9 @@ class GlooPool:
 @functools.cache
 def shared_pool() -> GlooPool:
     """Return the pool of this test run; its processes end with it."""
-    return GlooPool()
+    pool = GlooPool()
+    atexit.register(pool.close)
+    return pool
 
 
 def _serve(post: Post, pipe: Connection) -> None:
