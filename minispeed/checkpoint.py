@@ -1,8 +1,8 @@
 """Write a run down so that nothing is ever half-written, and go on from it.
 
-A checkpoint is logical: every tensor under its full name and shape, whatever layout wrote it. `index.json` says in
-which file and at which elements of its flat form each piece of each tensor lies, and holds the run's state; the
-pieces are safetensors. Today one rank writes one piece per tensor.
+A checkpoint is logical: every tensor under its full name and shape, whatever layout wrote it. Each rank writes the
+elements that it owns: `rank-K.safetensors` holds them, `rank-K.json` says which elements of which flattened tensor each
+piece is, and `index.json` holds the run's state. A reader takes from the pieces what it needs, whoever wrote them.
 
 Nothing is ever half-written: all is written to a directory beside, synced, and renamed in one move.
 """
@@ -10,18 +10,35 @@ Nothing is ever half-written: all is written to a directory beside, synced, and 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from minispeed.collective.group import Group, SoloGroup
 from minispeed.errors import UserError
+from minispeed.layout import Interval
 
-INDEX, PIECES = "index.json", "rank-00000.safetensors"
+INDEX = "index.json"
 FORMAT = 1
+
+
+class Piece(NamedTuple):
+    """Some elements of the flattened tensor `name` of that shape: which they are, and the tensor that holds them.
+
+    is_copy  every rank holds these: the first one's are written
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    elements: Interval
+    tensor: Tensor
+    is_copy: bool = False
 
 
 def write_whole(target: Path, write: Callable[[Path], object]) -> None:
@@ -29,89 +46,179 @@ def write_whole(target: Path, write: Callable[[Path], object]) -> None:
 
     Raises  UserError naming the disk's free bytes when writing fails; what stood at `target` is then untouched
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.writing")
+    aside = _aside(target)
+    with _sentence_for(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove(aside)
+            write(aside)
+            _move(aside, target)
+        except BaseException:
+            remove(aside)
+            raise
+
+
+def save(directory: Path, pieces: Sequence[Piece], state: Mapping[str, Any], group: Group | None = None) -> None:
+    """Write a checkpoint together: every rank calls this with its pieces; ranks share the file system.
+
+    Reads   the pieces, flattened; state, what JSON can hold (rank 0's is written)
+    Writes  `directory`, replaced in one move if it was there
+    Raises  UserError on every rank if any rank could not write; what stood there before is then untouched
+    """
+    group = group or SoloGroup()
+    aside = _aside(directory)
+    error: BaseException | None = None
     try:
+        if group.rank == 0:
+            with _sentence_for(directory):
+                remove(aside)
+                aside.mkdir(parents=True)
+                index = {"format": FORMAT, "ranks": group.size, "state": dict(state)}
+                (aside / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    except BaseException as failure:
+        error = failure
+    _agree(error, group, directory, aside)
+    try:
+        with _sentence_for(directory):
+            _write_pieces(aside, group.rank, pieces)
+    except BaseException as failure:
+        error = failure
+    _agree(error, group, directory, aside)
+    try:
+        if group.rank == 0:
+            with _sentence_for(directory):
+                _move(aside, directory)
+    except BaseException as failure:
+        error = failure
+    _agree(error, group, directory, aside)
+
+
+def _write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> None:
+    """Write what this rank owns; of copies (`Piece.is_copy`) only rank 0's."""
+    name = f"rank-{rank:05d}"
+    pieces = [piece for piece in pieces if rank == 0 or not piece.is_copy]
+    keys = [f"{piece.name}[{piece.elements.start}:{piece.elements.stop}]" for piece in pieces]
+    tensors = {key: piece.tensor.detach().flatten().contiguous() for key, piece in zip(keys, pieces)}
+    save_file(tensors, folder / f"{name}.safetensors")
+    listed = [
+        {"name": p.name, "shape": list(p.shape), "elements": list(p.elements), "key": key}
+        for key, p in zip(keys, pieces)
+    ]
+    (folder / f"{name}.json").write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def _agree(error: BaseException | None, group: Group, directory: Path, aside: Path) -> None:
+    """Raise on every rank if one has failed, and leave nothing half-written."""
+    failed = torch.tensor([float(error is not None)])
+    group.all_reduce(failed, "max").wait()
+    if not failed.item():
+        return
+    if group.rank == 0:
         remove(aside)
-        write(aside)
-        _sync(aside)
-        if aside.is_dir() and target.exists():
-            old = target.with_name(f".{target.name}.old")
-            remove(old)
-            target.rename(old)
-            aside.rename(target)
-            remove(old)
-        else:
-            os.replace(aside, target)
+    raise error or UserError(f"another rank could not write its part of {directory}", fix="see that rank's message")
+
+
+class Checkpoint:
+    """A checkpoint on disk: its `state`, and any elements of any of its tensors."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the lists of pieces, no tensors.
+
+        Raises  UserError naming the file that is missing, cut short or not a checkpoint's
+        """
+        self.directory = directory
+        index = self._json(INDEX)
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            found = index.get("format") if isinstance(index, dict) else "none"
+            raise UserError(f"{directory / INDEX} is of format {found}, this version reads {FORMAT}", fix="its version")
+        self.state: dict[str, Any] = index["state"]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._pieces: dict[str, list[tuple[Interval, str, str]]] = {}
+        for rank in range(index["ranks"]):
+            for piece in self._json(f"rank-{rank:05d}.json"):
+                self.shapes[piece["name"]] = tuple(piece["shape"])
+                entry = (Interval(*piece["elements"]), f"rank-{rank:05d}.safetensors", piece["key"])
+                self._pieces.setdefault(piece["name"], []).append(entry)
+
+    def read(self, name: str, elements: Interval) -> Tensor | None:
+        """Return some elements of the flattened tensor `name`, (elements.size,); None where there is no such tensor.
+
+        Reads only the pieces that hold them.
+        Raises  UserError if a file is damaged, or no piece holds some of the elements
+        """
+        if name not in self._pieces:
+            return None
+        parts, reached = [], elements.start
+        for held, file, key in sorted(self._pieces[name]):
+            wanted = held.meet(Interval(reached, elements.stop))
+            if wanted.size and wanted.start == reached:
+                parts.append(self._slice(file, key, wanted.shift(-held.start)))
+                reached = wanted.stop
+        if reached != elements.stop:
+            what = f"{self.directory} lacks elements {reached} to {elements.stop} of {name}"
+            raise UserError(what, fix="another checkpoint of the run")
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Return the whole tensor, in its shape."""
+        shape = self.shapes.get(name)
+        flat = None if shape is None else self.read(name, Interval(0, torch.Size(shape).numel()))
+        return None if flat is None or shape is None else flat.view(shape)
+
+    def _slice(self, file: str, key: str, part: Interval) -> Tensor:
+        try:
+            with safe_open(self.directory / file, framework="pt") as stored:
+                piece: Tensor = stored.get_slice(key)[part.start : part.stop]
+        except (OSError, SafetensorError) as error:
+            what = f"{self.directory / file} cannot be read: {error}"
+            raise UserError(what, fix="another checkpoint of the run") from error
+        return piece
+
+    def _json(self, name: str) -> Any:
+        path = self.directory / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError as error:
+            if name == INDEX:
+                what = f"there is no checkpoint at {self.directory}"
+                raise UserError(what, fix="--save-every N in the next run") from error
+            raise UserError(f"{path} is missing", fix="another checkpoint of the run") from error
+        except (OSError, ValueError) as error:
+            what = f"{path} is not a checkpoint's: {error}"
+            raise UserError(what, fix="another checkpoint of the run") from error
+
+
+@contextmanager
+def _sentence_for(target: Path) -> Iterator[None]:
+    """Turn an error of the disk into a sentence."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        remove(aside)
-        free = shutil.disk_usage(target.parent).free
+        there = next(path for path in (target, *target.parents) if path.exists())
+        free = shutil.disk_usage(there).free
         raise UserError(
             f"could not write {target}: {error} ({free / 1e6:.0f} MB free); what stood there before is whole",
             fix="free some disk, or --out on another",
         ) from error
-    except BaseException:
-        remove(aside)
-        raise
 
 
-def save(directory: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint.
-
-    Reads   tensors by logical name, any shapes and dtypes; state, what JSON can hold
-    Writes  `directory`, replaced in one move if it was there
-    """
-    index = {
-        "format": FORMAT,
-        "state": dict(state),
-        "tensors": {
-            name: {
-                "shape": list(tensor.shape),
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "pieces": [{"file": PIECES, "elements": [0, tensor.numel()]}],
-            }
-            for name, tensor in tensors.items()
-        },
-    }
-
-    def write(aside: Path) -> None:
-        aside.mkdir()
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside / PIECES)
-        (aside / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-
-    write_whole(directory, write)
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.writing")
 
 
-def load(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the state of a checkpoint.
-
-    Raises  UserError naming the file if one is missing, cut short, or not what the index says
-    """
-    index = _read_index(directory)
-    try:
-        tensors = load_file(directory / PIECES)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory / PIECES} cannot be read: {error}", fix="another checkpoint of the run") from error
-    for name, entry in index["tensors"].items():
-        if name not in tensors or list(tensors[name].shape) != entry["shape"]:
-            found = list(tensors[name].shape) if name in tensors else "nothing"
-            raise UserError(f"{directory}: {name} should be {entry['shape']}, found {found}", fix="another checkpoint")
-    return tensors, index["state"]
-
-
-def _read_index(directory: Path) -> dict[str, Any]:
-    path = directory / INDEX
-    try:
-        index = json.loads(path.read_text())
-        if index["format"] != FORMAT:
-            raise UserError(f"{path} is of format {index['format']}, this version reads {FORMAT}", fix="its version")
-        return index
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint at {directory}", fix="--save-every N in the next run") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not a checkpoint's index: {error}", fix="another checkpoint of the run") from error
+def _move(aside: Path, target: Path) -> None:
+    """Put what was written aside into its place, once it is on the disk."""
+    for file in aside.iterdir() if aside.is_dir() else [aside]:
+        with file.open("rb+") as stream:
+            os.fsync(stream.fileno())
+    if not (aside.is_dir() and target.exists()):
+        os.replace(aside, target)
+        return
+    old = target.with_name(f".{target.name}.old")
+    remove(old)
+    target.rename(old)
+    aside.rename(target)
+    remove(old)
 
 
 def remove(path: Path) -> None:
@@ -120,10 +227,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the bytes of a file, or of a directory's files, are on the disk."""
-    for file in path.iterdir() if path.is_dir() else [path]:
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())

@@ -1,26 +1,33 @@
-"""Put the pieces of a training step together, in a fixed order.
+"""Put the pieces of a training step together, in a fixed order, on any number of ranks.
 
-    losses of every micro-batch -> gradients -> global norm, clip -> AdamW on the masters -> parameters
+    losses of every micro-batch -> gradients, summed over ranks -> norm, clip -> optimizer on masters -> parameters
 
 The law that everything rests on: the step's loss is the sum over supervised tokens divided by the number of supervised
-tokens in the whole step. The number is counted first and divided by once, before backward, so that no way of cutting
-the same rows into micro-batches changes a gradient.
+tokens in the whole step, of all micro-batches and all ranks. The number is counted first and divided by once, before
+backward, and after that only sums travel: so no way of cutting the same rows changes a gradient.
 
 Masters and half-precision parameters: Micikevicius et al. 2017, section 3.1 (https://arxiv.org/abs/1710.03740).
 Clipping by the global norm: Pascanu et al. 2013, section 3.2 (https://arxiv.org/abs/1211.5063).
 """
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from minispeed.checkpoint import Piece
+from minispeed.collective.group import Group, SoloGroup
+from minispeed.errors import UserError
+from minispeed.layout import Interval
 from minispeed.model.loss import IGNORED
 from minispeed.optim import AdamW, Schedule, decay_groups
 from minispeed.precision import Precision
+from minispeed.zero.sharded import ShardedModel
+from minispeed.zero.unit import ShardedUnit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -48,7 +55,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one step did. loss: nats per supervised token; norm: of the whole gradient, before clipping."""
+    """What one step did, on all ranks. loss: nats per supervised token; norm: of the gradient before clipping."""
 
     loss: float
     num_supervised: int
@@ -59,125 +66,199 @@ class Report:
 
 
 class Engine:
-    """A model with its masters and optimizer; `train_step` is one update."""
+    """A model with its masters and optimizer, cut over a group by ZeRO; `train_step` is one update."""
 
     def __init__(
         self,
         model: nn.Module,
+        group: Group | None = None,
         *,
         precision: Precision,
         schedule: Schedule,
         lr: float,
-        betas: tuple[float, float] = (0.9, 0.95),
+        zero: int = 0,
+        betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         clip: float = 0.0,
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        units: Mapping[str, Sequence[str]] | None = None,
+        accumulate: torch.dtype | None = None,
     ) -> None:
-        """Cast the model to the compute dtype and keep masters of it.
+        """Take over the model's parameters; every rank starts from rank 0's values.
 
-        clip   largest global norm of the gradient; 0 leaves it alone
-        Holds  per parameter: compute dtype, gradient, and for masters with two moments 12 bytes (fp32)
+        zero        ZeRO stage
+        clip        largest global norm of the gradient; 0 leaves it alone
+        optimizer   makes the optimizer of groups {"params", "weight_decay"}; our AdamW when absent
+        units       which parameters are gathered and reduced together, see `ShardedModel`
+        accumulate  dtype in which gradients of micro-batches are added up; fp32 (or wider) when absent
+        Holds       see `minispeed.zero.table`
+        Raises      UserError if the ranks built different models, or nothing is trainable
         """
+        self.group: Group = group or SoloGroup()
         self.schedule, self.lr, self.clip = schedule, lr, clip
         self.step = self.num_updates = 0  # a skipped step is no update
-        initial = {name: p.detach().clone() for name, p in model.named_parameters()}  # before the cast rounds it
-        self.model = model.to(precision.compute)
-        self.parameters = dict(model.named_parameters())
-        self.masters = {
-            name: p if p.dtype == precision.master else nn.Parameter(initial[name].to(precision.master))
-            for name, p in self.parameters.items()
-        }
-        groups = [
-            {"params": [self.masters[name] for name in group["names"]], "weight_decay": group["weight_decay"]}
-            for group in decay_groups(model, weight_decay)
-        ]
-        self.optimizer = AdamW(groups, lr=lr, betas=betas)
+        self.model, self.precision = model, precision
+        check_equal_models(model, self.group)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self.group.broadcast(tensor.detach(), 0).wait()
+        groups = decay_groups(model, weight_decay)
+        self.sharded = ShardedModel(
+            model,
+            self.group,
+            stage=zero,
+            compute=precision.compute,
+            master=precision.master,
+            gradient=accumulate or precision.master,
+            param_groups=[group["names"] for group in groups],
+            units=units,
+        )
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(precision.compute)
+        for group_of, masters in zip(groups, self._masters_by_group(len(groups))):
+            group_of["params"] = masters
+        made = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups if g["params"]]
+        # a rank may own nothing at all: fewer elements than ranks
+        make = optimizer or (lambda groups: AdamW(groups, lr=lr, betas=betas))
+        self.optimizer = make(made) if made else None
+
+    def _masters_by_group(self, count: int) -> Iterator[list[nn.Parameter]]:
+        for index in range(count):
+            yield [
+                master
+                for unit in self.sharded.units
+                for (of_group, _), master in zip(unit.windows, unit.masters)
+                if of_group == index
+            ]
 
     def train_step(
         self,
         micro_batches: Sequence[MicroBatch],
         observe: Callable[[MicroBatch, Tensor], None] = lambda micro, losses: None,
     ) -> Report:
-        """Make one update from all micro-batches together.
+        """Make one update from all micro-batches of all ranks together. Every rank brings as many.
 
-        observe  is given each micro-batch with its losses, (B, T) nats, 0 where not supervised
+        observe  is given each micro-batch of this rank with its losses, (B, T) nats, 0 where not supervised
         """
         # 1. count, so that everything after is a plain sum
-        num_supervised = sum(micro.num_supervised for micro in micro_batches)
+        counts = [sum(micro.num_supervised for micro in micro_batches)]
+        counts.append(sum(int((micro.documents >= 0).sum()) for micro in micro_batches))
+        num_supervised, num_tokens = self._sum(counts).tolist()
         total = 0.0
-        # 2. gradients, added up in the masters' dtype
-        for micro in micro_batches:
-            losses = self.model(micro.tokens, micro.labels, positions=micro.positions, documents=micro.documents)
-            (losses.sum() / max(1, num_supervised)).backward()
+        # 2. gradients
+        for index, micro in enumerate(micro_batches):
+            with self.sharded.running():
+                losses = self.model(micro.tokens, micro.labels, positions=micro.positions, documents=micro.documents)
+                loss = losses.sum() / max(1, num_supervised)
+            self.sharded.backward(loss, last=index == len(micro_batches) - 1)
             observe(micro, losses.detach())
             total += losses.detach().sum().item()
-            self._collect_gradients()
         # 3. one norm, one rate, one step
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = global_norm(gradients)
-        skipped = not math.isfinite(norm)
+        norm, is_finite = self._norm()
         rate = self.lr * self.schedule(self.step)
-        if not skipped:
-            self._update(gradients, norm, rate)
-        self.optimizer.zero_grad()
+        if is_finite:
+            self._update(norm, rate)
+        else:
+            for unit in self.sharded.units:
+                unit.gradient = None
         self.step += 1
         return Report(
-            loss=total / max(1, num_supervised),
-            num_supervised=num_supervised,
-            num_tokens=sum(int((micro.documents >= 0).sum()) for micro in micro_batches),
+            loss=self._sum([total]).item() / max(1, num_supervised),
+            num_supervised=int(num_supervised),
+            num_tokens=int(num_tokens),
             norm=norm,
             lr=rate,
-            skipped=skipped,
+            skipped=not is_finite,
         )
 
-    @torch.no_grad()
-    def _collect_gradients(self) -> None:
-        """Add each parameter's gradient to its master's and free it."""
-        for name, p in self.parameters.items():
-            master = self.masters[name]
-            if master is p or p.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = p.grad.to(master.dtype)
-            else:
-                master.grad += p.grad
-            p.grad = None
+    def _sum(self, values: Sequence[float]) -> Tensor:
+        """Return the sums over all ranks, fp64 (exact for counts below 2**53)."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        self.group.all_reduce(sums).wait()
+        return sums
 
-    @torch.no_grad()
-    def _update(self, gradients: list[Tensor], norm: float, rate: float) -> None:
-        if self.clip and norm > self.clip:
-            torch._foreach_mul_(gradients, self.clip / norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.num_updates += 1
-        for name, p in self.parameters.items():
-            if self.masters[name] is not p:
-                p.copy_(self.masters[name])
+    def _norm(self) -> tuple[float, bool]:
+        """Return the global norm of the gradient and whether every element of it is finite, the same on every rank.
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return everything that a checkpoint must hold, by logical name: masters and both moments.
-
-        Names  "parameters/NAME", "exp_avg/NAME", "exp_avg_sq/NAME"; the tensors are the live ones
+        Each element counts once: at stage 0 every rank holds all, else each holds its shard.
         """
-        held = {f"parameters/{name}": master.detach() for name, master in self.masters.items()}
-        for name, master in self.masters.items():
-            for moment in MOMENTS if self.optimizer.state[master] else ():
-                held[f"{moment}/{name}"] = self.optimizer.state[master][moment]
-        return held
+        gradients = [unit.gradient for unit in self.sharded.units if unit.gradient is not None]
+        wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
+        squares = sum(gradient.norm().to(torch.float64).square().item() for gradient in wide)
+        bad = torch.tensor([float(not all(gradient.isfinite().all() for gradient in gradients))])
+        self.group.all_reduce(bad, "max").wait()
+        squares = squares if self.sharded.stage == 0 else self._sum([squares]).item()
+        return math.sqrt(squares), not bad.item()
 
     @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Tensor], *, step: int, num_updates: int) -> None:
-        """Go on from what `tensors` returned after `step` steps, of which `num_updates` were not skipped."""
+    def _update(self, norm: float, rate: float) -> None:
+        coefficient = self.clip / norm if self.clip and norm > self.clip else 1.0
+        for unit in self.sharded.units:
+            unit.give_gradients(coefficient)
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.num_updates += 1
+        self.sharded.publish()
+
+    # ---- what a checkpoint holds
+
+    def pieces(self) -> list[Piece]:
+        """Return everything of this rank that a checkpoint must hold, by logical name: masters and both moments.
+
+        Names  "parameters/NAME", "exp_avg/NAME", "exp_avg_sq/NAME"; the tensors are views of the live ones. At stage 0
+               every rank returns everything
+        """
+        found = []
+        for unit in self.sharded.units:
+            for name, elements, place in unit.layout.pieces(unit.part):
+                for kind, window, tensor in self._held(unit):
+                    both = place.meet(window)
+                    if both.size:
+                        which = both.shift(elements.start - place.start)
+                        part = tensor[slice(*both.shift(-window.start))]
+                        found.append(Piece(f"{kind}/{name}", unit.layout.shapes[name], which, part, unit.whole))
+        return found
+
+    def _held(self, unit: ShardedUnit) -> Iterator[tuple[str, Interval, Tensor]]:
+        """Yield kind, window in the shard and elements of all that is kept of a unit's shard over a step."""
+        yield "parameters", Interval(0, unit.layout.shard_size), unit.master
+        for (_, window), master in zip(unit.windows, unit.masters):
+            state = {} if self.optimizer is None else self.optimizer.state.get(master, {})
+            for moment in MOMENTS:
+                if moment in state:
+                    yield moment, window, state[moment]
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str, Interval], Tensor | None], *, step: int, num_updates: int) -> None:
+        """Go on from what `pieces` returned after `step` steps, of which `num_updates` were not skipped.
+
+        read  returns the elements of a flattened tensor by logical name, None where there is no such tensor
+        """
         self.step, self.num_updates = step, num_updates
-        for name, master in self.masters.items():
-            master.copy_(tensors[f"parameters/{name}"])
-            self.parameters[name].copy_(master)
-            if f"exp_avg/{name}" in tensors:
-                state: dict[str, Any] = {m: tensors[f"{m}/{name}"].to(master.dtype).clone() for m in MOMENTS}
+        for unit in self.sharded.units:
+            for master in unit.masters if num_updates else ():
+                state: dict[str, Any] = {moment: torch.zeros_like(master) for moment in MOMENTS}
+                assert self.optimizer is not None
                 self.optimizer.state[master] = {"step": torch.tensor(float(num_updates)), **state}
+        for name, _, elements, tensor, _ in self.pieces():
+            found = read(name, elements)
+            if found is None:
+                raise UserError(f"the checkpoint holds no {name}", fix="the checkpoint of a run of this model")
+            tensor.copy_(found)
+        self.sharded.publish()
 
 
-def global_norm(gradients: Iterable[Tensor]) -> float:
-    """Return the square root of the sum of all squares; inf or nan if any element is."""
-    norms = [gradient.norm() for gradient in gradients]
-    return torch.stack(norms).norm().item() if norms else 0.0
+def check_equal_models(model: nn.Module, group: Group) -> None:
+    """Raise UserError on every rank, two of them named, if names, shapes or dtypes of parameters differ."""
+    text = repr([(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()])
+    mine = torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")])
+    everyone = mine.new_empty(group.size)
+    group.all_gather(everyone, mine).wait()
+    different = [rank for rank, other in enumerate(everyone.tolist()) if other != everyone[0].item()]
+    if different:
+        raise UserError(
+            f"ranks 0 and {different[0]} built different models: names, shapes or dtypes of their parameters differ",
+            fix="the same model, options and code on every rank",
+        )

@@ -192,7 +192,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_checkpoint_before(chats, tmp_p
     assert sft(tmp_path / "run", chats) == 2
     said = capsys.readouterr().err
     assert "No space left on device" in said and "model.safetensors" in said and "Traceback" not in said
-    assert RunDirectory(tmp_path / "run").load_checkpoint()[1]["step"] == 6
+    assert RunDirectory(tmp_path / "run").load_checkpoint().state["step"] == 6
     assert not list((tmp_path / "run").glob(".*"))
 
 

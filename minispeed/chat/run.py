@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from minispeed import __version__, checkpoint
 from minispeed.chat.template import Template
 from minispeed.chat.tokenizer import ChatTokenizer
+from minispeed.collective.group import Group
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT, GPTConfig
 
@@ -158,11 +160,15 @@ class RunDirectory:
         path = self.path / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def save_checkpoint(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], *, best: bool) -> None:
-        """Write checkpoints/step-N, point `last` (and `best`) to it, and drop what neither points to."""
+    def save_checkpoint(
+        self, pieces: Sequence[checkpoint.Piece], state: dict[str, Any], group: Group, *, best: bool
+    ) -> None:
+        """Write checkpoints/step-N together, point `last` (and `best`) to it, and drop what neither points to."""
         folder = self.path / "checkpoints"
         name = f"step-{state['step']:08d}"
-        checkpoint.save(folder / name, tensors, state)
+        checkpoint.save(folder / name, pieces, state, group)
+        if group.rank:
+            return
         for pointer in ("last", "best") if best else ("last",):
             checkpoint.write_whole(folder / pointer, lambda path: path.write_text(name + "\n"))
         kept = {(folder / pointer).read_text().strip() for pointer in ("last", "best") if (folder / pointer).exists()}
@@ -170,10 +176,10 @@ class RunDirectory:
             if old.name not in kept:
                 checkpoint.remove(old)
 
-    def load_checkpoint(self, pointer: str = "last") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Read the checkpoint that `last` or `best` names."""
+    def load_checkpoint(self, pointer: str = "last") -> checkpoint.Checkpoint:
+        """Open the checkpoint that `last` or `best` names."""
         folder = self.path / "checkpoints"
-        return checkpoint.load(folder / (folder / pointer).read_text().strip())
+        return checkpoint.Checkpoint(folder / (folder / pointer).read_text().strip())
 
 
 def use_threads(count: int) -> int:

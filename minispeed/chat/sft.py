@@ -304,13 +304,15 @@ class Trainer:
     def save(self, *, best: bool) -> None:
         """Write a checkpoint of everything."""
         engine = self.engine
-        state = {"step": engine.step, "num_updates": engine.num_updates, "total": self.total}
-        self.run.save_checkpoint(engine.tensors(), {**state, "progress": self.progress.state()}, best=best)
+        state: dict[str, Any] = {"step": engine.step, "num_updates": engine.num_updates, "total": self.total}
+        state |= {"progress": self.progress.state()}
+        self.run.save_checkpoint(engine.pieces(), state, engine.group, best=best)
 
     def load(self) -> None:
         """Go on from the last checkpoint."""
-        tensors, state = self.run.load_checkpoint()
-        self.engine.load_tensors(tensors, step=state["step"], num_updates=state["num_updates"])
+        stored = self.run.load_checkpoint()
+        state = stored.state
+        self.engine.load(stored.read, step=state["step"], num_updates=state["num_updates"])
         self.progress = Progress.of(state["progress"])
         if not self.total and state["total"]:
             self.total = state["total"]

@@ -1,0 +1,169 @@
+"""The law of the project: any number of ranks, any ZeRO stage, any cut of the rows is the same training run.
+
+Against a plain loop over whole tensors on one device, in float64: every step's norm, the gradients (through
+SGD at a known rate) and the parameters after three steps, per tensor |a - b| <= 1e-10 max(1, |b|).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import given, settings, strategies as st
+
+from minispeed.collective.group import Group
+from minispeed.collective.threads import run_threads
+from minispeed.engine import Engine, MicroBatch, Report
+from minispeed.model.gpt import GPT
+from minispeed.model.loss import IGNORED
+from minispeed.optim import AdamW, constant, decay_groups
+from minispeed.precision import Precision
+from minispeed.testing.models import small_configs
+from minispeed.testing.odd import OddConfig, OddModel
+
+STEPS = 3
+LR = 1e-3
+
+OPTIMIZERS = {
+    "adamw": lambda groups: AdamW(groups, lr=LR, betas=(0.9, 0.99)),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=LR),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=LR),
+    "momentum": lambda groups: torch.optim.SGD(groups, lr=LR, momentum=0.9, nesterov=True),
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=LR),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn layout of one drawn model."""
+
+    model: Any
+    ranks: int
+    stage: int
+    micro: int
+    units: str
+    optimizer: str
+    clip: float
+    share: float
+    empty: bool
+    seed: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    odd = st.builds(OddConfig, dim=st.integers(1, 4), layers=st.integers(1, 3), tied=st.booleans(),
+                    borrowed=st.booleans(), twice=st.booleans(), frozen=st.booleans(), unused=st.booleans(),
+                    recompute=st.booleans())  # fmt: skip
+    return Case(
+        model=draw(st.one_of(odd, small_configs())),
+        ranks=draw(st.integers(1, 8)),
+        stage=draw(st.integers(0, 3)),
+        micro=draw(st.integers(1, 4)),
+        units=draw(st.sampled_from(["one", "default", "each module", "each parameter"])),
+        optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
+        clip=draw(st.sampled_from([0.0, 0.01, 1.0])),
+        share=draw(st.floats(0, 1)),
+        empty=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def build(case: Case) -> torch.nn.Module:
+    make = OddModel if isinstance(case.model, OddConfig) else GPT
+    return make(case.model, seed=case.seed).to(torch.float64)
+
+
+def rows(case: Case, step: int) -> MicroBatch:
+    """Draw the rows of a step: one per rank and micro-batch, learnt from unevenly, the first perhaps not at all."""
+    generator = torch.Generator().manual_seed(case.seed + step)
+    vocab = case.model.vocab if isinstance(case.model, OddConfig) else case.model.vocab_size
+    shape = (case.ranks * case.micro, 4)
+    tokens, labels = (torch.randint(0, vocab, shape, generator=generator) for _ in range(2))
+    labels[torch.rand(shape, generator=generator) >= case.share] = IGNORED
+    if case.empty:
+        labels[0] = IGNORED
+    zeros = torch.zeros_like(tokens)
+    return MicroBatch(tokens, labels, torch.arange(4).expand(shape).contiguous(), zeros, zeros)
+
+
+def units(case: Case, model: torch.nn.Module) -> dict[str, list[str]] | None:
+    names = [name for name, _ in model.named_parameters()]
+    if case.units == "default":
+        return None
+    if case.units == "one":
+        return {"": names}
+    if case.units == "each parameter":
+        return {f"parameter {name}": [name] for name in names}
+    division: dict[str, list[str]] = {}
+    for name in names:
+        division.setdefault(name.rpartition(".")[0], []).append(name)
+    return division
+
+
+def plain(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train as anybody would on one device; return norms and parameters."""
+    model = build(case)
+    groups = decay_groups(model, 0.1)
+    made = [{"params": [model.get_parameter(n) for n in g["names"]], "weight_decay": g["weight_decay"]} for g in groups]
+    optimizer = OPTIMIZERS[case.optimizer](made)
+    norms = []
+    for step in range(STEPS):
+        batch = rows(case, step)
+        optimizer.zero_grad()
+        losses = model(batch.tokens, batch.labels, positions=batch.positions, documents=batch.documents)
+        (losses.sum() / max(1, batch.num_supervised)).backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        norms.append(torch.cat([p.grad.flatten() for p in trained]).norm().item())
+        for p in trained:
+            p.grad *= case.clip / norms[-1] if case.clip and norms[-1] > case.clip else 1.0
+        optimizer.step()
+    return norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def sharded(case: Case, group: Group) -> tuple[list[Report], dict[str, torch.Tensor]]:
+    """Train as one rank of the layout; return reports and the whole parameters."""
+    model = build(case)
+    engine = Engine(
+        model,
+        group,
+        precision=Precision(torch.float64),
+        schedule=constant,
+        lr=LR,
+        zero=case.stage,
+        weight_decay=0.1,
+        clip=case.clip,
+        optimizer=OPTIMIZERS[case.optimizer],
+        units=units(case, model),
+    )
+    reports = []
+    for step in range(STEPS):
+        mine = [field.view(case.micro, case.ranks, 1, 4)[:, group.rank] for field in rows(case, step)]
+        reports.append(engine.train_step([MicroBatch(*(part[micro] for part in mine)) for micro in range(case.micro)]))
+    with engine.sharded.gathered():
+        return reports, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        difference = (got[name] - tensor).abs().max().item()
+        assert difference <= 1e-10 * max(1.0, tensor.abs().max().item()), f"{name} differs by {difference:.2e}"
+
+
+def check(case: Case, ran: Sequence[tuple[list[Report], dict[str, torch.Tensor]]]) -> None:
+    norms, expected = plain(case)
+    for reports, parameters in ran:
+        for report, norm in zip(reports, norms, strict=True):
+            assert abs(report.norm - norm) <= 1e-10 * max(1.0, norm)
+        assert reports == ran[0][0]
+        assert_close(parameters, expected)
+        for name, tensor in parameters.items():
+            assert torch.equal(tensor, ran[0][1][name])  # copies are equal bit for bit
+
+
+@given(cases())
+@settings(print_blob=True)
+def test_every_layout_is_the_same_training_run(case):
+    check(case, run_threads(lambda group: sharded(case, group), case.ranks))
