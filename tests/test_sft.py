@@ -290,3 +290,20 @@ def test_several_files_follow_one_flag(chats, tmp_path):
         "64",
     ]
     assert main([*words, "--weights", "1", "2", "--data", str(chats), str(second), "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_two_ranks_are_the_same_run_and_may_be_resumed_alone(stage, straight, chats, tmp_path):
+    assert sft(tmp_path / "two", chats, "--ranks", "2", "--zero", str(stage)) == 0
+    one, two = metrics(straight), metrics(tmp_path / "two")
+    assert len(one) == len(two)
+    for alone, together in zip(one, two):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert together["num_supervised"] == alone["num_supervised"] and together["num_tokens"] == alone["num_tokens"]
+    got, expected = weights(tmp_path / "two"), weights(straight)
+    assert all((got[name] - expected[name]).abs().max() < 1e-3 for name in expected)
+
+
+def test_rows_that_do_not_divide_are_a_sentence(chats, tmp_path, capsys):
+    assert sft(tmp_path / "run", chats, "--ranks", "3") == 2
+    assert "--batch 4 rows do not divide over 3 ranks" in capsys.readouterr().err

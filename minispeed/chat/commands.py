@@ -59,8 +59,9 @@ class SftOptions(Options):
         choices=("auto", "bf16", "fp32", "fp64"),
         group=RUNNING,
     )
-    ranks: int = option(1, help="processes that share the work", low=1, high=1, group=RUNNING)
-    threads: int = option(0, help="threads that torch computes with; 0 takes every core", low=0, group=RUNNING)
+    ranks: int = option(1, help="processes on this machine that share the work", low=1, group=RUNNING)
+    zero: int = option(0, help="ZeRO stage: what the ranks cut among them", choices=(0, 1, 2, 3), group=RUNNING)
+    threads: int = option(0, help="threads of each rank; 0 shares the cores out", low=0, group=RUNNING)
     seed: int = option(0, help="the same seed gives the same weights, bit for bit", low=0, group=RUNNING)
     eval_every: int | None = option(None, by_case=True, help="steps between evaluations", low=1, group=WRITING)
     save_every: int | None = option(None, by_case=True, help="steps between checkpoints", low=1, group=WRITING)

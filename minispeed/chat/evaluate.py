@@ -23,6 +23,7 @@ from minispeed.chat.prepare import Prepared, encode_documents
 from minispeed.chat.read import read
 from minispeed.chat.run import ChatModel, use_threads
 from minispeed.chat.score import Answered, bleu, found_by, has_answer, split_last, summarise_tasks
+from minispeed.collective.group import Group, SoloGroup
 from minispeed.engine import MicroBatch
 from minispeed.errors import UserError
 from minispeed.model.generate import generate
@@ -55,18 +56,30 @@ class Loss(NamedTuple):
         return Loss(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
 
-def micro_batches(batch: Batch, size: int) -> list[MicroBatch]:
-    """Cut the rows of a step into micro-batches of `size` rows, leaving out those without a supervised token."""
-    columns = [torch.from_numpy(column).split(size) for column in batch]
-    cut = [MicroBatch(*parts) for parts in zip(*columns)]
-    return [micro for micro in cut if micro.num_supervised] or cut[:1]
+def micro_batches(batch: Batch, size: int, group: Group | None = None) -> list[MicroBatch]:
+    """Return my share of a step's rows in micro-batches of `size` rows.
+
+    Row k goes to rank k mod N. Micro-batches in which no rank has a supervised token are left out: every rank has
+    as many.
+    """
+    group = group or SoloGroup()
+    columns = [torch.from_numpy(column[group.rank :: group.size]).split(size) for column in batch]
+    of_all = torch.from_numpy(batch.labels).split(size * group.size)
+    cut = [MicroBatch(*(part.contiguous() for part in parts)) for parts in zip(*columns)]
+    return [micro for micro, labels in zip(cut, of_all) if (labels != IGNORED).any()] or cut[:1]
 
 
 @torch.no_grad()
 def measure_loss(
-    model: nn.Module, packing: Packing, token_bytes: torch.Tensor, *, micro_batch: int, most_steps: int | None = None
+    model: nn.Module,
+    packing: Packing,
+    token_bytes: torch.Tensor,
+    *,
+    micro_batch: int,
+    most_steps: int | None = None,
+    group: Group | None = None,
 ) -> dict[str, Loss]:
-    """Return the loss of each task over (at most `most_steps` steps of) the packed documents.
+    """Return the loss of each task over (at most `most_steps` steps of) the packed documents, rows shared by the ranks.
 
     token_bytes  bytes of text that each token stands for, (V,)
     """
@@ -74,11 +87,19 @@ def measure_loss(
     total = [Loss(0.0, 0, 0)] * len(tasks)
     steps = packing.steps_per_epoch(0)
     for step in range(steps if most_steps is None else min(steps, most_steps)):
-        for micro in micro_batches(packing.batch(0, step), micro_batch):
+        for micro in micro_batches(packing.batch(0, step), micro_batch, group):
             losses = model(micro.tokens, micro.labels, positions=micro.positions, documents=micro.documents)
             for index, loss in enumerate(by_task(micro, losses, token_bytes, len(tasks))):
                 total[index] += loss
-    return {task: loss for task, loss in zip(tasks, total) if loss.tokens}
+    return by_name(total, tasks, group)
+
+
+def by_name(losses: Sequence[Loss], tasks: Sequence[str], group: Group | None = None) -> dict[str, Loss]:
+    """Add the ranks' losses up, and return those of the tasks that had any token, by name."""
+    table = torch.tensor(losses, dtype=torch.float64)  # (tasks, 3)
+    (group or SoloGroup()).all_reduce(table).wait()
+    summed = [Loss(nats, int(tokens), int(spelt)) for nats, tokens, spelt in table.tolist()]
+    return {task: loss for task, loss in zip(tasks, summed) if loss.tokens}
 
 
 def by_task(micro: MicroBatch, losses: torch.Tensor, token_bytes: torch.Tensor, num_tasks: int) -> list[Loss]:

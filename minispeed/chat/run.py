@@ -182,8 +182,8 @@ class RunDirectory:
         return checkpoint.Checkpoint(folder / (folder / pointer).read_text().strip())
 
 
-def use_threads(count: int) -> int:
-    """Let torch compute with `count` threads, or with one per core this process may use; return how many."""
+def use_threads(count: int, *, ranks: int = 1) -> int:
+    """Let torch compute with `count` threads, or with this rank's share of the cores; return how many."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(count or usable)
+    torch.set_num_threads(count or max(1, usable // ranks))
     return torch.get_num_threads()

@@ -12,7 +12,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +22,12 @@ import torch
 from tqdm import tqdm
 
 from minispeed.chat.commands import SftOptions
+from minispeed.chat.conversation import Conversation
 from minispeed.chat.defaults import DEFAULT_SEQ, fill_in
 from minispeed.chat.evaluate import (
     Loss,
     answer_all,
+    by_name,
     by_task,
     bytes_of_tokens,
     figures_of,
@@ -39,6 +41,9 @@ from minispeed.chat.pack import Packing
 from minispeed.chat.prepare import Prepared, prepare, report_text
 from minispeed.chat.run import ChatModel, RunDirectory, check_vocabulary, use_threads
 from minispeed.chat.score import Answered, unigram_loss
+from minispeed.collective.group import Group
+from minispeed.collective.launch import launch, under_torchrun
+from minispeed.collective.world import World, current_world
 from minispeed.engine import Engine, Report
 from minispeed.errors import UserError
 from minispeed.figures import draw_run
@@ -46,40 +51,70 @@ from minispeed.model.gpt import GPT, GPTConfig
 from minispeed.model.presets import preset
 from minispeed.optim import warmup_then
 from minispeed.options import to_json
-from minispeed.precision import choose_precision
+from minispeed.precision import DTYPES, Precision, choose_precision
 
 NUM_EVAL_STEPS = 16  # batches of the evaluations while training; the last one reads everything
 FIRST_SAMPLE = 25  # steps; then at every doubling
 
 
 def sft(options: SftOptions) -> int:
-    """Do `minispeed sft`. Returns the exit code."""
-    run = RunDirectory(options.out)
-    threads = use_threads(options.threads)
+    """Do `minispeed sft`, on as many ranks as asked for or as torchrun has started. Returns the exit code."""
+    if under_torchrun():
+        return launch(run_rank, options, ranks=options.ranks if options.ranks > 1 else None, backend="gloo")[0]
+    if options.ranks == 1:
+        return run_rank(current_world(), options)
+    open_model_and_data(recall(options) if options.resume else options)  # what is wrong with them is said here, once
+    with interrupts_left_to_ranks():
+        return launch(run_rank, options, ranks=options.ranks, backend="gloo")[0]
+
+
+def run_rank(world: World, options: SftOptions) -> int:
+    """Train as one rank of a world; only rank 0 prints and writes, but for its part of each checkpoint."""
+    group, run = world.group, RunDirectory(options.out)
+    threads = use_threads(options.threads, ranks=group.size)
     if options.resume:
-        options = recall(options, run)
+        options = recall(options)
+    if group.rank == 0:
+        open_model_and_data(options)
+    barrier(group)  # the others find the data tokenised
     chat, prepared, from_scratch = open_model_and_data(options)
     options, choices = fill_in(options, chat.model.config, from_scratch=from_scratch)
-    precision = choose_precision(options.dtype)
+    precision = agree_on_precision(options.dtype, group)
+    options = replace(options, dtype=precision.name, threads=threads, ranks=group.size)
+    num_parameters = sum(p.numel() for p in chat.model.parameters())
+    trainer = Trainer(options, run, chat, prepared, group)
     for line in [
         report_text(prepared.report),
-        f"model {options.model}: {sum(p.numel() for p in chat.model.parameters()) / 1e6:.2f}M parameters",
+        f"model {options.model}: {num_parameters / 1e6:.2f}M parameters",
         *map(str, choices),
         f"--dtype {precision.name}: {precision.reason}",
     ]:
-        print(line)
-    options = replace(options, dtype=precision.name, threads=threads)
-    trainer = Trainer(options, run, chat, prepared)
+        trainer.say(line)
     if options.dry_run:
-        print(f"a dry run: stopped before step 1 of {trainer.total or 'as many as fit the time'}")
+        trainer.say(f"a dry run: stopped before step 1 of {trainer.total or 'as many as fit the time'}")
         return 0
-    run.create(resume=options.resume)
+    if group.rank == 0:
+        run.create(resume=options.resume)
+    barrier(group)
     return trainer.train()
 
 
-def recall(options: SftOptions, run: RunDirectory) -> SftOptions:
+def barrier(group: Group) -> None:
+    """Return once every rank of the group has come here."""
+    group.all_reduce(torch.zeros(1)).wait()
+
+
+def agree_on_precision(name: str, group: Group) -> Precision:
+    """Choose the precision on rank 0: a measurement may come out otherwise on another."""
+    precision = choose_precision(name)
+    chosen = torch.tensor([list(DTYPES).index(precision.name)])
+    group.broadcast(chosen, 0).wait()
+    return replace(precision, compute=list(DTYPES.values())[int(chosen)])
+
+
+def recall(options: SftOptions) -> SftOptions:
     """Fill what was left open with what the run to be resumed had chosen."""
-    stored = run.effective_options("sft")
+    stored = RunDirectory(options.out).effective_options("sft")
     open_ones = {name: value for name, value in stored.items() if getattr(options, name) in (None, "auto")}
     if options.steps is not None or stored.get("steps") is not None:
         open_ones |= {"epochs": None, "minutes": None}
@@ -160,9 +195,18 @@ class Progress:
 class Trainer:
     """The loop and what happens in it: update, evaluate, sample, save."""
 
-    def __init__(self, options: SftOptions, run: RunDirectory, chat: ChatModel, prepared: Prepared) -> None:
-        self.options, self.run, self.chat, self.prepared = options, run, chat, prepared
+    def __init__(
+        self, options: SftOptions, run: RunDirectory, chat: ChatModel, prepared: Prepared, group: Group
+    ) -> None:
+        self.options, self.run, self.chat, self.prepared, self.group = options, run, chat, prepared, group
+        self.is_first = group.rank == 0
         assert options.seq and options.batch and options.lr is not None and options.warmup is not None
+        if options.batch % group.size:
+            raise UserError(
+                f"--batch {options.batch} rows do not divide over {group.size} ranks",
+                fix=f"--batch {-(-options.batch // group.size) * group.size}",
+            )
+        assert options.micro_batch
         weights = options.weights or None
         self.packing = Packing(prepared.train, seq=options.seq, batch=options.batch, seed=options.seed, weights=weights)
         self.eval_packing = None
@@ -171,9 +215,14 @@ class Trainer:
         self.token_bytes = bytes_of_tokens(chat)
         self.total = options.steps or sum(map(self.packing.steps_per_epoch, range(options.epochs or 0)))
         assert options.weight_decay is not None
+        precision = choose_precision(options.dtype)
+        one_micro_batch = options.batch // group.size <= options.micro_batch
         self.engine = Engine(
             chat.model,
-            precision=choose_precision(options.dtype),
+            group,
+            zero=options.zero,
+            precision=precision,
+            accumulate=precision.compute if one_micro_batch else precision.master,
             schedule=self.schedule(),
             lr=options.lr,
             weight_decay=options.weight_decay,
@@ -194,8 +243,12 @@ class Trainer:
             self.load()
         self.write_options()
         untrained = self.evaluate() if self.engine.step == 0 else {}
-        with deferred_interrupt() as interrupted:
-            self.bar = tqdm(total=self.total or None, initial=self.engine.step, unit="step", disable=None, leave=False)
+        stopping = False
+        with deferred_interrupt(quiet=not self.is_first) as interrupted:
+            hidden = None if self.is_first else True
+            self.bar = tqdm(
+                total=self.total or None, initial=self.engine.step, unit="step", disable=hidden, leave=False
+            )
             while not self.total or self.engine.step < self.total:
                 self.update()
                 step = self.engine.step
@@ -209,15 +262,15 @@ class Trainer:
                     self.sample()
                 if self.is_due(step, self.options.save_every):
                     self.save(best=False)
-                if interrupted.is_set():
+                if stopping := self.any_rank(interrupted.is_set()):
                     break
             self.bar.close()
-        if interrupted.is_set() and self.engine.step < (self.total or math.inf):
+        if stopping and self.engine.step < (self.total or math.inf):
             self.save(best=False)
-            self.chat.save(self.run.path)
+            self.save_model()
             where = self.run.path
-            print(f"stopped at step {self.engine.step} of {self.total or 'an open number'}, saved in {where}")
-            print(f"to go on: minispeed sft --config {where / 'run.json'} --resume")
+            self.say(f"stopped at step {self.engine.step} of {self.total or 'an open number'}, saved in {where}")
+            self.say(f"to go on: minispeed sft --config {where / 'run.json'} --resume")
             return 130
         self.finish(untrained)
         return 0
@@ -235,7 +288,9 @@ class Trainer:
         assert self.options.micro_batch
         start = time.perf_counter()
         batch = self.packing.batch(progress.epoch, progress.step_of_epoch)
-        report = self.engine.train_step(micro_batches(batch, self.options.micro_batch), observe)
+        mine = micro_batches(batch, self.options.micro_batch, self.group)
+        report = self.engine.train_step(mine, observe)
+        losses = by_name(seen, tasks, self.group)
         seconds = time.perf_counter() - start
         progress.seconds += seconds
         progress.step_of_epoch += 1
@@ -244,7 +299,7 @@ class Trainer:
         if not self.total:
             self.pace.append(seconds)
             self.set_total()
-        self.record(report, seconds, {task: loss.per_token for task, loss in zip(tasks, seen) if loss.tokens})
+        self.record(report, seconds, {task: loss.per_token for task, loss in losses.items()})
 
     def set_total(self) -> None:
         """Once the learning rate has risen, measure the pace and fix the number of steps that fill the time."""
@@ -252,7 +307,9 @@ class Trainer:
             return
         assert self.options.minutes is not None
         left = self.options.minutes * 60 - self.progress.seconds
-        self.total = self.engine.step + max(1, round(left / statistics.median(self.pace[len(self.pace) // 2 :])))
+        steps = torch.tensor([max(1, round(left / statistics.median(self.pace[len(self.pace) // 2 :])))])
+        self.group.broadcast(steps, 0).wait()
+        self.total = self.engine.step + int(steps)
         self.options = replace(self.options, steps=self.total, minutes=None)
         self.engine.schedule = self.schedule()
         self.bar.total = self.total
@@ -262,7 +319,7 @@ class Trainer:
         """Write a line of metrics and move the progress bar."""
         rate = report.num_tokens / seconds
         figures = {"step": self.engine.step, **vars(report), "seconds": seconds, "tokens_per_second": rate}
-        self.run.append("metrics.jsonl", {**figures, "tasks": tasks})
+        self.append("metrics.jsonl", {**figures, "tasks": tasks})
         self.bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update()
         if report.skipped:
@@ -273,17 +330,19 @@ class Trainer:
         if self.eval_packing is None:
             return {}
         assert self.options.micro_batch
-        losses = measure_loss(
-            self.chat.model,
-            self.eval_packing,
-            self.token_bytes,
-            micro_batch=self.options.micro_batch,
-            most_steps=None if whole else NUM_EVAL_STEPS,
-        )
+        with self.engine.sharded.running():
+            losses = measure_loss(
+                self.chat.model,
+                self.eval_packing,
+                self.token_bytes,
+                micro_batch=self.options.micro_batch,
+                most_steps=None if whole else NUM_EVAL_STEPS,
+                group=self.group,
+            )
         together = sum(losses.values(), Loss(0.0, 0, 0))
         step = self.engine.step
         tasks = {task: loss.per_token for task, loss in losses.items()}
-        self.run.append("metrics.jsonl", {"step": step, "eval_loss": together.per_token, "eval_tasks": tasks})
+        self.append("metrics.jsonl", {"step": step, "eval_loss": together.per_token, "eval_tasks": tasks})
         self.say(f"step {step}: held-out loss {together.per_token:.4f}, perplexity {together.perplexity:.2f}")
         if step and not whole and together.per_token < self.progress.best_loss:
             self.progress.best_loss, self.progress.best_step = together.per_token, step
@@ -294,9 +353,9 @@ class Trainer:
         """Answer a few held-out prompts of each task; print one each with a tick or a cross, and keep all."""
         conversations = first_of_each_task(self.prepared.eval_conversations(), self.options.samples)
         step = self.engine.step
-        answered = answer_all(self.chat, conversations, max_new=self.options.max_new)
+        answered = self.answer(conversations)
         for one in answered:
-            self.run.append("samples.jsonl", {"step": step, **vars(one), "right": one.is_right})
+            self.append("samples.jsonl", {"step": step, **vars(one), "right": one.is_right})
         right = sum(one.is_right for one in answered) / max(1, len(answered))
         self.say(f"\nstep {step}, {self.progress.seconds:.0f} s of training: {right:.0%} of the answers are right")
         self.say(transcript(answered))
@@ -317,21 +376,22 @@ class Trainer:
         if not self.total and state["total"]:
             self.total = state["total"]
             self.engine.schedule = self.schedule()
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl") if self.is_first else ():
             self.run.forget_after(name, self.engine.step)
-        print(f"going on from step {self.engine.step}")
+        self.say(f"going on from step {self.engine.step}")
 
     def finish(self, untrained: dict[str, Loss]) -> None:
         """Save, score and draw what came out."""
         self.save(best=False)
-        self.chat.save(self.run.path)
+        self.save_model()
         losses = self.evaluate(whole=True)
         if losses:
             self.say(self.compare(losses, untrained))
         chosen = first_of_each_task(self.prepared.eval_conversations(), self.options.score)
         if self.options.score and chosen:
-            answered = answer_all(self.chat, chosen, max_new=self.options.max_new, progress=True)
-            self.say(table_of(figures_of(losses, answered)))
+            self.say(table_of(figures_of(losses, self.answer(chosen, progress=True))))
+        if not self.is_first:
+            return
         for path in draw_run(self.run.path, self.run.records("metrics.jsonl"), self.run.records("samples.jsonl")):
             self.say(f"drawn: {path}")
         rate = statistics.median(r["tokens_per_second"] for r in self.run.records("metrics.jsonl") if "norm" in r)
@@ -366,15 +426,45 @@ class Trainer:
             return False
         return step % (every or max(1, self.total // 8)) == 0 and step < self.total
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        flags = torch.tensor([float(flag)])
+        self.group.all_reduce(flags, "max").wait()
+        return bool(flags)
+
+    def answer(self, conversations: Sequence[Conversation], *, progress: bool = False) -> list[Answered]:
+        """Let rank 0 answer; the other ranks lend it their shards, and return nothing."""
+        with self.engine.sharded.gathered():
+            answered = []
+            if self.is_first:
+                answered = answer_all(self.chat, conversations, max_new=self.options.max_new, progress=progress)
+            barrier(self.group)
+        return answered
+
+    def save_model(self) -> None:
+        """Write the model, whole, in the run's directory."""
+        with self.engine.sharded.gathered():
+            if self.is_first:
+                self.chat.save(self.run.path)
+            barrier(self.group)
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Add a line to a .jsonl file of the run, once."""
+        if self.is_first:
+            self.run.append(name, record)
+
     def write_options(self) -> None:
         """Write the effective options, with which the run can be repeated."""
+        if not self.is_first:
+            return
         options = to_json(replace(self.options, resume=False))
         data_hash, folder = self.prepared.report["key"], self.prepared.folder
         self.run.write_provenance("sft", options, data_hash=data_hash, prepared=folder)
 
     def say(self, text: str) -> None:
-        """Print without breaking the progress bar."""
-        self.bar.write(text) if not self.bar.disable else print(text, flush=True)
+        """Print on rank 0, without breaking the progress bar."""
+        if self.is_first:
+            self.bar.write(text) if not self.bar.disable else print(text, flush=True)
 
 
 def transcript(answered: list[Answered]) -> str:
@@ -399,7 +489,17 @@ def _is_power(number: int) -> bool:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
+def interrupts_left_to_ranks() -> Iterator[None]:
+    """Ignore ctrl-C in the process that waits for the ranks: they save, stop, and it ends with them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def deferred_interrupt(*, quiet: bool = False) -> Iterator[threading.Event]:
     """Turn the first ctrl-C into an event that is looked at between steps; the second one interrupts at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -410,7 +510,8 @@ def deferred_interrupt() -> Iterator[threading.Event]:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
-        print("\nstopping after this step (ctrl-C again: at once)", flush=True)
+        if not quiet:
+            print("\nstopping after this step (ctrl-C again: at once)", flush=True)
 
     before = signal.signal(signal.SIGINT, ask)
     try:

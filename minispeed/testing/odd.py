@@ -43,7 +43,7 @@ class OddModel(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         if config.frozen:
-            self.layers[0].up.weight.requires_grad_(False)
+            self.layers[0].get_parameter("up.weight").requires_grad_(False)
             self.frozen = nn.Linear(config.dim, config.dim).requires_grad_(False)
         if config.unused:
             self.unused = nn.Linear(config.dim, 2)

@@ -86,7 +86,7 @@ class ShardedModel:
                 )
                 self._adopt(unit, modules.get(where))
         self.is_last = True
-        self._is_running = self._in_backward = False
+        self._is_running = self._in_backward = self._is_gathered = False
         self._order: list[ShardedUnit] = []  # of the first forward
         self._waiting: list[ShardedUnit] = []  # not complete yet in this backward, in the order of reduction
         self._depth = {id(unit): 0 for unit in self.units}
@@ -127,7 +127,7 @@ class ShardedModel:
 
     def _leave(self, unit: ShardedUnit) -> None:
         self._depth[id(unit)] -= 1
-        if not self._depth[id(unit)] and not self._in_backward:
+        if not self._depth[id(unit)] and not self._in_backward and not self._is_gathered:
             self._at("after forward", unit)
 
     def _note(self, unit: ShardedUnit) -> None:
@@ -240,13 +240,15 @@ class ShardedModel:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[nn.Module]:
-        """Make the whole model readable on every rank for a while."""
+        """Make the whole model readable on every rank for a while, its forward included."""
         for unit in self.units:
             if unit.is_released:
                 unit.unshard()
+        self._is_gathered = True
         try:
             yield self.module
         finally:
+            self._is_gathered = False
             self._rest()
 
 
