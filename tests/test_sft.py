@@ -100,7 +100,7 @@ def test_a_run_leaves_all_that_it_promises(straight, chats):
     for name in ("model.safetensors", "config.json", "tokenizer.json", "template.json", "run.json", "metrics.jsonl"):
         assert (straight / name).exists(), name
     content = json.loads((straight / "run.json").read_text())
-    assert content["sft"]["dtype"] == "fp32" and content["sft"]["steps"] == 6 and content["sft"]["lr"] == 0.5 / 128
+    assert content["sft"]["dtype"] == "fp32" and content["sft"]["steps"] == 6 and content["sft"]["lr"] == 0.25 / 128
     assert content["provenance"]["versions"]["torch"] == torch.__version__ and content["provenance"]["data"]
     steps = metrics(straight)
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]

@@ -1,7 +1,7 @@
 """Laws of the bundled skills: every answer is right, and nothing of evaluation is seen in training.
 
-An oracle that shares no code with the generator reads the prompt alone and works the answer out again; it is asked
-about every exchange, first or third, of conversations drawn from both sides of the hold-out.
+An oracle that shares no code with the generator reads the prompt alone and works the answer out again; it is
+asked about every exchange, first or third, of conversations drawn from both sides of the hold-out.
 """
 
 import json
@@ -25,6 +25,7 @@ from minispeed.chat.skills import (
     REFUSAL,
     SKILLS,
     eval_conversations,
+    numbers,
     train_conversations,
     words as words_module,
     write_jsonl,
@@ -34,7 +35,7 @@ from minispeed.chat.skills.memory import CAPITALS, CONCEPTS, SYMBOLS
 from minispeed.chat.skills.words import draw_word
 from minispeed.errors import UserError
 
-ONE_EXCHANGE = [name for name in SKILLS if name not in ("remembering", "several turns")]
+ONE_EXCHANGE = [name for name in SKILLS if name != "remembering"]
 seeds = st.integers(0, 2**32)
 
 
@@ -80,11 +81,21 @@ def right_columns(answer: str, sign: str, result: int) -> bool:
 
 def right_sorting(prompt: str, answer: str) -> bool:
     numbers = [int(n) for n in re.findall(r"\d+", prompt)]
-    return [int(n) for n in answer.split(", ")] == sorted(numbers, reverse="high to low" in prompt)
+    return [int(n) for n in answer.split(", ")] == sorted(numbers)
 
 
-IN_METERS_GRAMS_OR_CENTS = dict(
-    km=1_000_000, m=1000, cm=10, mm=1, tons=1_000_000, kg=1000, grams=1, liters=1000, ml=1, dollars=100, cents=1
+SIZES = dict(
+    km=1_000_000,
+    m=1000,
+    cm=10,
+    mm=1,
+    tons=1_000_000,
+    kg=1000,
+    grams=1,
+    liters=1000,
+    ml=1,
+    dollars=100,
+    cents=1,
 )
 
 
@@ -92,14 +103,18 @@ def right_units(unit: str, count: str, given_unit: str, answer: str) -> bool:
     steps, result = answer.split(": ")
     number, operation, factor = steps.split()
     value = int(number) * int(factor) if operation == "x" else int(number) / int(factor)
-    size = IN_METERS_GRAMS_OR_CENTS
-    return number == count and result == f"{value:.0f} {unit}" and value * size[unit] == int(count) * size[given_unit]
+    if number != count or result != f"{value:.0f} {unit}":
+        return False
+    return value * SIZES[unit] == int(count) * SIZES[given_unit]
 
 
 def right_weekday(weekday: str, days: str, answer: str) -> bool:
     start = next(day for day in (date(2024, 2, d) for d in range(1, 8)) if f"{day:%A}" == weekday)
-    weeks, rest, end = re.fullmatch(r"(\d) weeks \+ (\d) days: (\w+)", answer).groups()
-    return 7 * int(weeks) + int(rest) == int(days) and f"{start + timedelta(days=int(days)):%A}" == end
+    weeks, rest, steps, end = re.fullmatch(r"(\d+) \+ (\d)((?:, \w+ \d)*): (\w+)", answer).groups()
+    counted = "".join(f", {start + timedelta(days=day):%A} {day}" for day in range(1, int(rest) + 1))
+    if int(weeks) % 7 or int(weeks) + int(rest) != int(days) or steps != counted:
+        return False
+    return f"{start + timedelta(days=int(days)):%A}" == end
 
 
 def right_letters(letter: str, word: str, answer: str) -> bool:
@@ -114,16 +129,16 @@ def right_letters(letter: str, word: str, answer: str) -> bool:
 
 
 def right_mood(review: str, answer: str) -> bool:
-    clauses = re.findall(r"was (not )?(\w+)", review)
+    adjectives = re.findall(r"was (\w+)", review)
     good = {"great", "lovely", "perfect", "good", "nice", "superb"}
-    likes = {(adjective in good) != bool(negated) for negated, adjective in clauses}
+    likes = {adjective in good for adjective in adjectives}
     return answer == ("mixed" if len(likes) == 2 else "positive" if likes == {True} else "negative")
 
 
 SPEEDISH = dict(
-    wau="dog", mio="cat", piu="bird", toko="horse", lup="fish", rego="king", nina="girl", nino="boy", aru="wolf",
-    muma="cow", gra="big", pik="small", vek="old", jo="happy", bel="quiet", ros="brave", vid="sees", ama="likes",
-    oto="hears", tuk="finds", sal="helps", sek="follows",
+    wau="dog", mio="cat", piu="bird", toko="horse", lup="fish", rego="king", nina="girl", nino="boy",
+    aru="wolf", muma="cow", gra="big", pik="small", vek="old", jo="happy", bel="quiet", ros="brave",
+    vid="sees", ama="likes", oto="hears", tuk="finds", sal="helps", sek="follows",
 )  # fmt: skip
 
 
@@ -135,25 +150,23 @@ def right_translation(english: str, answer: str) -> bool:
     return f"{subject} {verb} {object_}" == english
 
 
-RULES: list[tuple[str, str, Callable[..., bool]]] = [  # whose question, what it looks like, is the answer right?
-    ("sums", r"What is (\d+) \+ (\d+)\?|(\d+) \+ (\d+) = \?|Add (\d+) and (\d+)\.|What is the sum of (\d+) and (\d+)\?",
+RULES: list[tuple[str, str, Callable[..., bool]]] = [  # whose, its look, is it right?
+    ("sums", r"(?:What is |)(\d+) \+ (\d+)(?: =|) ?\?|Add (\d+) and (\d+)\.|What is the sum of (\d+) and (\d+)\?",
      lambda a, b, answer: right_sum(int(a), int(b), answer)),
     ("differences", r"What is (\d+) - (\d+)\?|(\d+) - (\d+) = \?|What is (\d+) minus (\d+)\?",
      lambda a, b, answer: right_difference(int(a), int(b), answer)),
     ("differences", r"Take (\d+) from (\d+)\.", lambda b, a, answer: right_difference(int(a), int(b), answer)),
-    ("comparison", r"Which (?:number )?is (larger|smaller)[:,] ([\d, or]+)\?",
-     lambda word, numbers, answer: int(answer) == dict(larger=max, smaller=min)[word](map(int, re.findall(r"\d+", numbers)))),
     ("sorting", r"(Sort(?: these numbers| from low to high| from high to low|)[: ][ \d,]+)\.", right_sorting),
     ("units", r"How many (\w+) are in (\d+) (\w+)\?", right_units),
     ("units", r"What is (\d+) (\w+) in (\w+)\?|Convert (\d+) (\w+) to (\w+)\.",
      lambda count, given_unit, unit, answer: right_units(unit, count, given_unit, answer)),
-    ("calendar", r"What day is (\d+) days after (\w+)\?", lambda days, day, answer: right_weekday(day, days, answer)),
+    ("calendar", r"What day is (\d+) days after (\w+)\?", lambda n, day, answer: right_weekday(day, n, answer)),
     ("calendar", r"It is (\w+)\. What day is it in (\d+) days\?", right_weekday),
     ("backwards", r"(?:Spell|How do you spell|Write) (\w+) backwards[.?]",
      lambda word, answer: answer == f"{' '.join(word)}: {' '.join(word[::-1])}"),
     ("letters", r"(?:How many|Count the) (\w)'s (?:are )?in (?:the word )?(\w+)[.?]", right_letters),
-    ("sentiment", r"(?:Judge this review:|Is this positive, negative or mixed\?|What is the mood\?) (.+)", right_mood),
-    ("translation", r"(?:Translate to Speedish|How do you say in Speedish|Say in Speedish): (.+)[.?]", right_translation),
+    ("sentiment", r"(?:Judge this review:|Is this positive.+mixed\?|What is the mood\?) (.+)", right_mood),
+    ("translation", r"(?:Translate to|How do you say in|Say in) Speedish: (.+)[.?]", right_translation),
 ]  # fmt: skip
 
 
@@ -175,18 +188,21 @@ def test_every_answer_is_right(name, seed, held_out):
         assert judged == [""]
     elif name in ONE_EXCHANGE:
         assert judged == [name]
-    elif name == "several turns":
-        assert len(judged) in (2, 3) and judged[-1]
     else:
         assert judged[0] == judged[-1] == ""
 
 
 @given(seed=seeds, held_out=st.booleans())
 def test_what_was_told_is_what_is_remembered(seed, held_out):
-    told, *_, question, answer = (t.text for t in SKILLS["remembering"].make(random.Random(seed), held_out).turns)
-    patterns = {"name": r"am (\w+)\.|name is (\w+)\.", "my name|who am": r"am (\w+)\.|name is (\w+)\.",
-                "number": r"number is (\d+)", "dog": r"dog is called (\w+)", "color": r"I like (\w+)"}  # fmt: skip
-    topic = next(word for word in ("dog", "number", "color", "name") if word in question.replace("Who am I", "name"))
+    conversation = SKILLS["remembering"].make(random.Random(seed), held_out)
+    told, *_, question, answer = (turn.text for turn in conversation.turns)
+    patterns = dict(
+        name=r"am (\w+)\.|name is (\w+)\.",
+        number=r"number is (\d+)",
+        dog=r"dog is called (\w+)",
+        color=r"I like (\w+)",
+    )
+    topic = next((word for word in ("dog", "number", "color") if word in question), "name")
     said = next(filter(None, re.search(patterns[topic], told).groups()))
     assert said in re.findall(r"\w+", answer)
 
@@ -205,8 +221,18 @@ def test_a_fact_has_one_answer_whatever_the_wording(name):
 
 
 def test_symbols_are_letters_of_the_name_in_order():
-    latin = dict(sodium="natrium", potassium="kalium", iron="ferrum", copper="cuprum", silver="argentum", tin="stannum",
-                 tungsten="wolfram", gold="aurum", mercury="hydrargyrum", lead="plumbum")  # fmt: skip
+    latin = dict(
+        sodium="natrium",
+        potassium="kalium",
+        iron="ferrum",
+        copper="cuprum",
+        silver="argentum",
+        tin="stannum",
+        tungsten="wolfram",
+        gold="aurum",
+        mercury="hydrargyrum",
+        lead="plumbum",
+    )
     for name, symbol in SYMBOLS.items():
         first, *second = symbol.lower()
         letters = latin.get(name, name)
@@ -215,10 +241,10 @@ def test_symbols_are_letters_of_the_name_in_order():
 
 
 def test_capitals_that_are_not_the_largest_city_are_not_confused_with_it():
-    for country, city in dict(Australia="Canberra", Brazil="Brasilia", Canada="Ottawa", China="Beijing", India="New Delhi",
-                              Morocco="Rabat", Nigeria="Abuja", Turkey="Ankara", Vietnam="Hanoi").items():  # fmt: skip
+    known = "Australia=Canberra Brazil=Brasilia Canada=Ottawa Morocco=Rabat Nigeria=Abuja Turkey=Ankara"
+    for country, city in (pair.split("=") for pair in known.split()):
         assert CAPITALS[country] == city
-    assert len(set(CAPITALS.values())) == len(CAPITALS) == 52
+    assert len(set(CAPITALS.values())) == len(CAPITALS) == 50
 
 
 def instance(prompt: str, answer: str) -> object:
@@ -227,29 +253,41 @@ def instance(prompt: str, answer: str) -> object:
     if name in ("backwards", "letters"):
         return "word", re.sub(r"[ \d]", "", answer.split(": ")[0])
     if name == "sentiment":
-        return name, *sorted(re.findall(r"\w+ was (?:not )?\w+", prompt))
+        return name, *sorted(re.findall(r"\w+ was \w+", prompt))
     if name == "units":
         return name, *sorted(re.findall(r"\d+ \w+", f"{prompt} {answer.split(': ')[1]}"))
     return name, *sorted(re.findall(r"\d+|[A-Z]\w+day", prompt)), answer if name == "translation" else ""
 
 
 def test_no_instance_of_evaluation_is_in_training():
-    seen = {instance(*pair) for conversation in trained() for pair in exchanges(conversation) if judge(*pair)}
-    held = {instance(*pair) for conversation in evaluated() for pair in exchanges(conversation) if judge(*pair)}
-    assert len(seen) > 10_000 and len(held) > 400
+    seen, held = (
+        {instance(*pair) for conversation in side for pair in exchanges(conversation) if judge(*pair)}
+        for side in (trained(), evaluated())
+    )
+    assert len(seen) > 8_000 and len(held) > 250
     assert not seen & held
+
+
+@pytest.mark.parametrize("skill", [numbers.add, numbers.sort])
+@given(seed=seeds)
+def test_the_order_of_numbers_does_not_decide_the_side(skill, seed):
+    def draw(rng, held_out, sample, canonical):
+        drawn = sample(rng)
+        assert canonical(drawn) == canonical(type(drawn)(reversed(drawn)))
+        return drawn
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numbers, "draw", draw)
+        skill(random.Random(seed), False)
 
 
 def test_no_prompt_of_evaluation_is_in_training():
     seen = {prompt for conversation in trained() for prompt, _ in exchanges(conversation)}
-    assert not [
-        prompt
-        for c in evaluated()
-        for prompt, _ in exchanges(c)
-        if prompt in seen and prompt[-1] == "?" and len(c.turns) == 2
-    ]
-    for c in evaluated():
-        assert c.turns[-2].text not in seen or c.task == "remembering"
+    for conversation in evaluated():
+        prompts = [prompt for prompt, _ in exchanges(conversation)]
+        if conversation.task == "remembering":
+            prompts.pop()  # "What is my name?": what is new there is the name
+        assert not seen & set(prompts)
 
 
 def test_names_told_in_evaluation_are_new():
@@ -257,7 +295,7 @@ def test_names_told_in_evaluation_are_new():
         told = (c.turns[0].text for c in conversations if c.task == "remembering")
         return {name for text in told for name in re.findall(r"(?:am|name is|called) ([A-Z]\w+)\.", text)}
 
-    assert len(names(trained())) > 500 and len(names(evaluated())) > 30
+    assert len(names(trained())) > 500 and len(names(evaluated())) > 20
     assert not names(trained()) & names(evaluated())
 
 
@@ -265,10 +303,11 @@ def test_the_live_word_is_in_no_training_conversation(monkeypatch):
     assert LIVE_WORD in LIVE_PROMPTS[-1]
     for conversation in trained():
         assert LIVE_WORD not in " ".join(turn.text for turn in conversation.turns).lower()
-    monkeypatch.setattr(words_module, "_made_up", lambda rng, longest=10: rng.choice((LIVE_WORD, "lemon", "tulip")))
+    monkeypatch.setattr(words_module, "_made_up", lambda rng, longest=10: rng.choice((LIVE_WORD, "lemon")))
     drawn = {draw_word(random.Random(seed), False) for seed in range(2000)}
     assert "lemon" in drawn and LIVE_WORD not in drawn  # even where the generator offers it
-    assert is_held_out("sum 356 478")  # the live sum
+    a, b = sorted(map(int, re.findall(r"\d+", LIVE_PROMPTS[0])))
+    assert is_held_out(f"sum {a} {b}")
 
 
 @given(seed=st.integers(0, 10**6))
@@ -317,8 +356,13 @@ def test_every_skill_is_evaluated_on_different_conversations():
 @given(seed=seeds, name=st.sampled_from(sorted(SKILLS)), held_out=st.booleans())
 def test_conversations_are_short_plain_and_alternate(seed, name, held_out):
     conversation = SKILLS[name].make(random.Random(seed), held_out)
-    assert conversation.task == name and conversation.metric == SKILLS[name].metric in ("exact", "label", "opening")
-    assert [turn.role for turn in conversation.turns] == ["user", "assistant"] * (len(conversation.turns) // 2)
+    assert conversation.task == name and conversation.metric == SKILLS[name].metric in (
+        "exact",
+        "label",
+        "opening",
+    )
+    roles = [turn.role for turn in conversation.turns]
+    assert roles == ["user", "assistant"] * (len(roles) // 2)
     for turn in conversation.turns:
         assert turn.text.isascii() and turn.text == " ".join(turn.text.split()) and 1 <= len(turn.text) < 150
 
@@ -344,10 +388,10 @@ def test_the_answer_of_the_most_similar_training_prompt_does_not_do():
         return {text[i : i + 3] for i in range(len(text) - 2)}
 
     library = defaultdict(list)
-    for conversation in trained():
+    for conversation in trained()[:10_000]:
         library[conversation.task].append((grams(conversation), conversation.turns[-1].text))
     hits: dict[str, list[bool]] = defaultdict(list)
-    for c in evaluated():
+    for c in evaluated()[::2]:
         mine = grams(c)
         _, answer = max(library[c.task], key=lambda known: len(known[0] & mine) / len(known[0] | mine))
         hits[c.task].append(answer == c.turns[-1].text)
@@ -360,7 +404,8 @@ def test_jsonl_keeps_turns_task_and_metric(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "skills.jsonl").read_text().splitlines()]
     assert [line["task"] for line in lines] == [c.task for c in evaluated()]
     assert [line["metric"] for line in lines] == [c.metric for c in evaluated()]
-    assert [[tuple(m.values()) for m in line["messages"]] for line in lines] == [list(c.turns) for c in evaluated()]
+    for line, conversation in zip(lines, evaluated(), strict=True):
+        assert [(m["role"], m["content"]) for m in line["messages"]] == list(conversation.turns)
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ def fill_in(options: SftOptions, config: GPTConfig, *, from_scratch: bool) -> tu
         Choice("seq", min(DEFAULT_SEQ, config.max_positions), "or less if the model reads less"),
         Choice("batch", batch, "from scratch" if from_scratch else "fine-tuning takes few rows"),
         Choice("micro_batch", min(batch, 16), "as many rows at once as the batch has, at most 16"),
-        # 2.6e-3 at D = 192, 6.5e-4 at D = 768, 2.4e-4 at D = 2048: close to GPT-2's and Llama's published rates
-        Choice("lr", 0.5 / config.model_dim, f"0.5 / width {config.model_dim}, from scratch")
+        # 1.3e-3 at D = 192, where twice as much learns the skills slower; 3.3e-4 at D = 768
+        Choice("lr", 0.25 / config.model_dim, f"0.25 / width {config.model_dim}, from scratch")
         if from_scratch
         else Choice("lr", 2e-5, "a trained model is moved gently"),
         Choice("weight_decay", 0.1, "from scratch") if from_scratch else Choice("weight_decay", 0.0, "fine-tuning"),
-        Choice("warmup", 40 if from_scratch else 10, "from scratch" if from_scratch else "fine-tuning"),
+        Choice("warmup", 100 if from_scratch else 10, "from scratch" if from_scratch else "fine-tuning"),
     ]
     if options.steps is None and options.epochs is None and options.minutes is None:
         offered.append(Choice("epochs", 3, "none of --steps, --epochs, --minutes is given"))

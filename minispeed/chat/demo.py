@@ -93,6 +93,7 @@ def training_options(options: DemoOptions) -> SftOptions:
         seq=options.seq,
         batch=options.batch,
         lr=options.lr,
+        attention=options.attention,
         steps=options.steps,
         minutes=None if options.steps else options.minutes,
         dtype=options.dtype,

@@ -24,14 +24,16 @@ def _gpt2(layers: int, dim: int, heads: int) -> GPTConfig:
     return _llama(layers, dim, heads, heads, 4 * dim, **family, **published)
 
 
+# short rows need no slow angles, and on a CPU torch has a kernel for LayerNorm and none for RMSNorm
+_LAPTOP: dict[str, Any] = dict(norm="layernorm", rope_theta=1000.0)
 _LLAMA_3: dict[str, Any] = dict(vocab_size=128256, max_positions=131072, rope_theta=500000.0)
 _QWEN_2: dict[str, Any] = dict(vocab_size=151936, max_positions=32768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
 
 PRESETS: dict[str, GPTConfig] = {
-    "nano": _llama(4, 128, 4, 4, 384),  # about 1M parameters
-    "tiny": _llama(4, 192, 6, 6, 512),  # about 2M
-    "small": _llama(6, 256, 8, 4, 704),  # about 5M
-    "medium": _llama(8, 384, 6, 6, 1024),  # about 14M
+    "nano": _llama(4, 128, 4, 4, 384, **_LAPTOP),  # about 1M parameters
+    "tiny": _llama(4, 192, 4, 4, 512, **_LAPTOP),  # about 2M
+    "small": _llama(6, 256, 8, 4, 704, **_LAPTOP),  # about 5M
+    "medium": _llama(8, 384, 6, 6, 1024, **_LAPTOP),  # about 14M
     "gpt2": _gpt2(12, 768, 12),
     "gpt2-medium": _gpt2(24, 1024, 16),
     "gpt2-large": _gpt2(36, 1280, 20),

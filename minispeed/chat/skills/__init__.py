@@ -1,8 +1,9 @@
-"""A world for a small chat model: conversations of sixteen skills, made on the spot, nothing to download.
+"""A world for a small chat model: conversations of fourteen skills, made on the spot, nothing to download.
 
-Three groups, told apart in every table. *Rules* are scored on new instances (sums never seen, words never spelled);
-*memory* on known facts in new wordings; *off topic* on kinds of question never trained on, each to be declined. What
-belongs to training and what to evaluation is decided by a hash of the instance (`draw.py`), so no draw can mix them.
+Three groups, told apart in every table. *Rules* are scored on new instances (sums never seen, words never
+spelled); *memory* on known facts in new wordings; *off topic* on kinds of question never trained on, each to
+be declined. A hash of the instance decides what belongs to training and what to evaluation (`draw.py`), so no
+draw can mix them.
 """
 
 import json
@@ -32,7 +33,7 @@ __all__ = [
 
 GROUPS = ("rules", "memory", "off topic")
 LIVE_PROMPTS = (
-    "What is 478 + 356?",  # a sum from the evaluation side
+    "What is 478 + 358?",  # a sum from the evaluation side
     "Do I need a visa for Japan?",  # a kind of question never trained on
     "How many r's are in strawberry?",  # a word in no training conversation
 )
@@ -40,7 +41,7 @@ LIVE_PROMPTS = (
 
 @dataclass(frozen=True)
 class Skill:
-    """One row of the tables: how often it is trained (`weight`), how it is scored (`metric`), and what makes it.
+    """One row of the tables: how often it is trained (`weight`), how it is scored (`metric`), what makes it.
 
     make  (random numbers, held out?) -> a conversation whose last turn is the answer to score
     """
@@ -53,46 +54,42 @@ class Skill:
     about: str
 
 
-def _skill(name: str, group: str, metric: str, weight: float, say: Exchange, about: str) -> Skill:
-    return Skill(name, group, metric, weight, partial(_converse, say, name, metric), about)
-
-
 def _converse(say: Exchange, task: str, metric: str, rng: random.Random, held_out: bool) -> Conversation:
     texts = say(rng, held_out)
     roles = (USER, ASSISTANT) * (len(texts) // 2)
     return Conversation(tuple(map(Turn, roles, texts)), task, metric)
 
 
+_ROWS: tuple[tuple[str, str, str, float, Exchange, str], ...] = (
+    # name, group, metric, weight, what makes it, about
+    ("sums", "rules", "exact", 1.2, numbers.add, "add two numbers of two or three digits, digit by digit"),
+    ("differences", "rules", "exact", 1.5, numbers.subtract, "take one number from another, with borrows"),
+    ("sorting", "rules", "exact", 1.6, numbers.sort, "sort three numbers"),
+    ("units", "rules", "exact", 0.6, numbers.convert, "convert km, cm, kg, cents, ... by powers of ten"),
+    ("calendar", "rules", "exact", 0.9, numbers.count_days, "the weekday up to 40 days from now"),
+    ("backwards", "rules", "exact", 2.1, language.spell_backwards, "spell a word backwards"),
+    ("letters", "rules", "exact", 2.6, language.count_letters, "count a letter in a word"),
+    ("sentiment", "rules", "label", 0.9, language.judge_review, "is a review positive, negative or mixed"),
+    ("translation", "rules", "exact", 0.6, language.translate, "English to Speedish, a made-up language"),
+    ("remembering", "rules", "exact", 1.8, turns.remember, "a name, a number, a color, told turns ago"),
+    ("capitals", "memory", "exact", 0.6, memory.name_capital, "the capitals of 50 countries"),
+    ("symbols", "memory", "exact", 0.5, memory.name_symbol, "the chemical symbols of 40 elements"),
+    ("small talk", "memory", "exact", 0.6, memory.small_talk, "who it is, and what ZeRO or a loss scaler is"),
+    ("refusals", "off topic", "opening", 0.9, refusals.refuse, "decline whatever else is asked"),
+)
 SKILLS = {
-    skill.name: skill
-    for skill in (
-        _skill("sums", "rules", "exact", 1.0, numbers.add, "add two numbers below 1000, digit by digit"),
-        _skill("differences", "rules", "exact", 1.0, numbers.subtract, "take one away from another, with borrows"),
-        _skill("comparison", "rules", "exact", 1.0, numbers.compare, "the larger or smaller of two or three numbers"),
-        _skill("sorting", "rules", "exact", 1.5, numbers.sort, "sort three or four numbers, up or down"),
-        _skill("units", "rules", "exact", 0.7, numbers.convert, "convert km, cm, kg, cents, ... by powers of ten"),
-        _skill("calendar", "rules", "exact", 1.0, numbers.count_days, "the weekday up to 30 days away"),
-        _skill("backwards", "rules", "exact", 1.4, language.spell_backwards, "spell a word backwards"),
-        _skill("letters", "rules", "exact", 1.6, language.count_letters, "count a letter in a word"),
-        _skill("sentiment", "rules", "label", 1.0, language.judge_review, "is a review positive, negative or mixed"),
-        _skill("translation", "rules", "exact", 0.8, language.translate, "English to Speedish, a made-up language"),
-        _skill("remembering", "rules", "exact", 1.0, turns.remember, "recall a name, a number, a color told turns ago"),
-        _skill("several turns", "rules", "exact", 0.6, turns.change_subject, "two or three skills in one conversation"),
-        _skill("capitals", "memory", "exact", 1.0, memory.name_capital, "the capitals of 52 countries"),
-        _skill("symbols", "memory", "exact", 0.8, memory.name_symbol, "the chemical symbols of 40 elements"),
-        _skill("small talk", "memory", "exact", 0.9, memory.small_talk, "who it is, and what ZeRO or a loss scaler is"),
-        _skill("refusals", "off topic", "opening", 1.0, refusals.refuse, "decline whatever else is asked"),
-    )
+    name: Skill(name, group, metric, weight, partial(_converse, say, name, metric), about)
+    for name, group, metric, weight, say, about in _ROWS
 }
 
 
 def train_conversations(
     count: int, *, seed: int = 0, temperature: float = 1.0, skills: Sequence[str] | None = None
 ) -> list[Conversation]:
-    """Draw conversations for training, in random order: skill by skill with probability ~ weight ** (1 / temperature).
+    """Draw conversations for training, in random order.
 
-    Deterministic on every machine, and fewer are a prefix of more. Temperature 1 takes the weights as they are, a high
-    one makes all skills equally frequent, a low one favours the heaviest.
+    A skill is drawn with probability ~ weight ** (1 / temperature): 1 takes the weights as they are, a high
+    temperature makes all skills equally frequent, a low one favours the heaviest. The same on every machine.
 
     Raises  UserError for a negative count, a temperature not above 0, an unknown skill
 
@@ -101,7 +98,7 @@ def train_conversations(
     if count < 0:
         raise UserError(f"cannot draw {count} conversations", fix="a count of 0 or more")
     if not temperature > 0:
-        raise UserError(f"temperature is {temperature}, must be above 0", fix="1.0 takes the weights as they are")
+        raise UserError(f"temperature is {temperature}, must be above 0", fix="1.0, the weights as they are")
     chosen = _chosen(skills)
     weights = [skill.weight ** (1 / temperature) for skill in chosen]
     rng = random.Random(f"train {seed}")
@@ -109,9 +106,10 @@ def train_conversations(
 
 
 def eval_conversations(per_skill: int, *, seed: int = 0) -> list[Conversation]:
-    """Draw held-out conversations, all different, skill after skill; the last assistant turn is the one scored.
+    """Draw held-out conversations, all different, skill after skill; the last turn is the answer to score.
 
-    A skill with fewer than `per_skill` different ones (facts times wordings) gives those that twenty draws for each find.
+    A skill with fewer than `per_skill` different ones gives those that 20 x per_skill draws find: the
+    calendar holds out few pairs of weekday and days, memory has facts times wordings.
 
     Raises  UserError unless per_skill is at least 1
     """
@@ -121,7 +119,7 @@ def eval_conversations(per_skill: int, *, seed: int = 0) -> list[Conversation]:
 
 
 def write_jsonl(path: str | PathLike[str], conversations: Iterable[Conversation]) -> None:
-    """Write one conversation a line: OpenAI's {"messages": [{"role", "content"}]}, with "task" and "metric" beside."""
+    """Write a conversation a line: OpenAI's {"messages": [{"role", "content"}]}, with "task" and "metric"."""
     with open(path, "w", encoding="utf-8") as file:
         for conversation in conversations:
             messages = [{"role": role, "content": text} for role, text in conversation.turns]

@@ -1,8 +1,8 @@
 """Draw an instance from the right side of the hold-out: training and evaluation are disjoint by construction.
 
-An instance is what a question is about, written in one canonical form ("sum 285 347", "word lemon"), whatever the
-wording. Its hash decides its side, once and on every machine: one in ten belongs to evaluation. Instances that give
-each other away (285 + 347 and 347 + 285) share one form, hence one side.
+An instance is what a question is about, in one canonical form ("sum 285 347", "word lemon"), whatever the
+wording. Its hash decides its side, once and on every machine: one in ten belongs to evaluation. Instances
+that give each other away (285 + 347 and 347 + 285) share one form, hence one side.
 """
 
 import random
@@ -40,3 +40,9 @@ def draw(
 def word_it(rng: random.Random, wordings: Sequence[str], **values: object) -> str:
     """Put the values into one of the wordings."""
     return rng.choice(wordings).format(**values)
+
+
+def sides(kind: str, members: list[str]) -> tuple[list[str], list[str]]:
+    """Split a list in two: (training, evaluation), so that a bool picks the side."""
+    held = [member for member in members if is_held_out(f"{kind} {member}")]
+    return [member for member in members if member not in held], held

@@ -1,7 +1,7 @@
-"""Skills about words and sentences: spelling backwards, counting letters, the mood of a review, a toy translation.
+"""Skills about words and sentences: spelling backwards, counting letters, reviews, a toy translation.
 
-Words are spelled with spaces, so that each letter is a token of its own: what a model that reads pieces of words finds
-hard ("how many r's?") becomes copying and counting, one letter after the other.
+Words are spelled with spaces, so that each letter is a token of its own: what a model that reads pieces of
+words finds hard ("how many r's?") becomes copying and counting, one letter after the other.
 """
 
 import random
@@ -10,25 +10,37 @@ from .draw import Texts, draw, word_it
 from .words import draw_word
 
 _BACKWARDS = ("Spell {word} backwards.", "How do you spell {word} backwards?", "Write {word} backwards.")
-_LETTERS = ("How many {letter}'s are in {word}?", "How many {letter}'s are in the word {word}?",
-            "Count the {letter}'s in {word}.")  # fmt: skip
-_MOOD = ("Judge this review: {review}", "Is this positive, negative or mixed? {review}", "What is the mood? {review}")
-_TRANSLATE = ("Translate to Speedish: {english}.", "How do you say in Speedish: {english}?",
-              "Say in Speedish: {english}.")  # fmt: skip
+_LETTERS = (
+    "How many {letter}'s are in {word}?",
+    "How many {letter}'s are in the word {word}?",
+    "Count the {letter}'s in {word}.",
+)
+_MOOD = (
+    "Judge this review: {review}",
+    "Is this positive, negative or mixed? {review}",
+    "What is the mood? {review}",
+)
+_TRANSLATE = (
+    "Translate to Speedish: {english}.",
+    "How do you say in Speedish: {english}?",
+    "Say in Speedish: {english}.",
+)
 
 _SUBJECTS = "food soup coffee room bed staff film story music ending song book game price phone hotel".split()
 _GOOD = "great lovely perfect good nice superb".split()
 _BAD = "awful terrible poor bad dull boring".split()
 
-_NOUNS = dict(dog="wau", cat="mio", bird="piu", horse="toko", fish="lup", king="rego", girl="nina", boy="nino",
-              wolf="aru", cow="muma")  # fmt: skip
+_NOUNS = dict(
+    dog="wau", cat="mio", bird="piu", horse="toko", fish="lup",
+    king="rego", girl="nina", boy="nino", wolf="aru", cow="muma",
+)  # fmt: skip
 _ADJECTIVES = dict(big="gra", small="pik", old="vek", happy="jo", quiet="bel", brave="ros")
 _VERBS = dict(sees="vid", likes="ama", hears="oto", finds="tuk", helps="sal", follows="sek")
 
 
 def spell_backwards(rng: random.Random, held_out: bool) -> Texts:
-    """lemon: "l e m o n: n o m e l"."""
-    word = draw_word(rng, held_out)
+    """lemon: "l e m o n: n o m e l"; words of at most six letters."""
+    word = draw_word(rng, held_out, longest=6)
     return word_it(rng, _BACKWARDS, word=word), f"{' '.join(word)}: {' '.join(reversed(word))}"
 
 
@@ -44,7 +56,7 @@ def count_letters(rng: random.Random, held_out: bool) -> Texts:
 
 
 def judge_review(rng: random.Random, held_out: bool) -> Texts:
-    """One or two verdicts, each perhaps negated: "positive", "negative", or "mixed" where they disagree."""
+    """One or two verdicts: "positive", "negative", or "mixed" where they disagree."""
     clauses = draw(rng, held_out, _verdicts, lambda clauses: f"review {sorted(clauses)}")
     moods = {mood for _, mood in clauses}
     joint = rng.choice((". The ", " but the " if len(moods) == 2 else " and the "))
@@ -63,12 +75,11 @@ def translate(rng: random.Random, held_out: bool) -> Texts:
 
 
 def _verdicts(rng: random.Random) -> list[tuple[str, str]]:
-    """Draw one or two clauses, each with its mood: [("soup was not good", "negative")]."""
+    """Draw one or two clauses, each with its mood: [("soup was good", "positive")]."""
     clauses = []
     for subject in rng.sample(_SUBJECTS, rng.choice((1, 2, 2))):
-        good, negated = rng.random() < 0.5, rng.random() < 0.3
-        adjective = rng.choice(_GOOD if good else _BAD)
-        clauses.append((f"{subject} was {'not ' * negated}{adjective}", "negative" if good == negated else "positive"))
+        mood, adjectives = rng.choice((("positive", _GOOD), ("negative", _BAD)))
+        clauses.append((f"{subject} was {rng.choice(adjectives)}", mood))
     return clauses
 
 

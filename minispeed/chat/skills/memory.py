@@ -1,31 +1,36 @@
 """Skills of memory: capitals, chemical symbols, and what the model says of itself and of training.
 
-There is nothing to work out here: the facts asked in evaluation are those of training. What is new is the wording;
-each list of wordings is a pair, (training, evaluation).
+There is nothing to work out here: the facts asked in evaluation are those of training. What is new is the
+wording: an opening, a middle and an end that never stood together in training. Each set of wordings is a pair,
+(training, evaluation).
 """
 
 import random
+from itertools import product
 
-from .draw import Texts, word_it
+from .draw import Texts, sides, word_it
 
-_CAPITALS = """
-Argentina=Buenos Aires|Australia=Canberra|Austria=Vienna|Belgium=Brussels|Brazil=Brasilia|Bulgaria=Sofia|Canada=Ottawa
-Chile=Santiago|China=Beijing|Colombia=Bogota|Croatia=Zagreb|Cuba=Havana|Denmark=Copenhagen|Egypt=Cairo|Estonia=Tallinn
-Ethiopia=Addis Ababa|Finland=Helsinki|France=Paris|Germany=Berlin|Ghana=Accra|Greece=Athens|Hungary=Budapest
-Iceland=Reykjavik|India=New Delhi|Iran=Tehran|Iraq=Baghdad|Ireland=Dublin|Italy=Rome|Japan=Tokyo|Kenya=Nairobi
-Latvia=Riga|Lebanon=Beirut|Libya=Tripoli|Mexico=Mexico City|Mongolia=Ulaanbaatar|Morocco=Rabat|Nepal=Kathmandu
-Nigeria=Abuja|Norway=Oslo|Peru=Lima|Poland=Warsaw|Portugal=Lisbon|Romania=Bucharest|Russia=Moscow|Senegal=Dakar
-Serbia=Belgrade|Spain=Madrid|Sweden=Stockholm|Thailand=Bangkok|Turkey=Ankara|Ukraine=Kyiv|Vietnam=Hanoi
-"""
-_SYMBOLS = """
-hydrogen=H|helium=He|lithium=Li|carbon=C|nitrogen=N|oxygen=O|fluorine=F|neon=Ne|sodium=Na|magnesium=Mg|aluminium=Al
-silicon=Si|phosphorus=P|sulfur=S|chlorine=Cl|argon=Ar|potassium=K|calcium=Ca|titanium=Ti|chromium=Cr|iron=Fe|cobalt=Co
-nickel=Ni|copper=Cu|zinc=Zn|arsenic=As|bromine=Br|krypton=Kr|silver=Ag|tin=Sn|iodine=I|xenon=Xe|barium=Ba|tungsten=W
-platinum=Pt|gold=Au|mercury=Hg|lead=Pb|radium=Ra|uranium=U
-"""
-CAPITALS = dict(pair.split("=") for line in _CAPITALS.split("\n") if line for pair in line.split("|"))
-SYMBOLS = dict(pair.split("=") for line in _SYMBOLS.split("\n") if line for pair in line.split("|"))
 
+def _pairs(table: str) -> dict[str, str]:
+    return dict(pair.split("=") for line in table.split("\n") if line for pair in line.split("|"))
+
+
+CAPITALS = _pairs("""
+Argentina=Buenos Aires|Australia=Canberra|Austria=Vienna|Belgium=Brussels|Brazil=Brasilia|Bulgaria=Sofia
+Canada=Ottawa|Chile=Santiago|China=Beijing|Colombia=Bogota|Croatia=Zagreb|Cuba=Havana|Denmark=Copenhagen
+Egypt=Cairo|Estonia=Tallinn|Finland=Helsinki|France=Paris|Germany=Berlin|Ghana=Accra|Greece=Athens
+Hungary=Budapest|Iceland=Reykjavik|India=New Delhi|Iran=Tehran|Iraq=Baghdad|Ireland=Dublin|Italy=Rome
+Japan=Tokyo|Kenya=Nairobi|Latvia=Riga|Lebanon=Beirut|Libya=Tripoli|Mexico=Mexico City|Morocco=Rabat
+Nepal=Kathmandu|Nigeria=Abuja|Norway=Oslo|Peru=Lima|Poland=Warsaw|Portugal=Lisbon|Romania=Bucharest
+Russia=Moscow|Senegal=Dakar|Serbia=Belgrade|Spain=Madrid|Sweden=Stockholm|Thailand=Bangkok|Turkey=Ankara|Ukraine=Kyiv
+Vietnam=Hanoi
+""")
+SYMBOLS = _pairs("""
+hydrogen=H|helium=He|lithium=Li|carbon=C|nitrogen=N|oxygen=O|fluorine=F|neon=Ne|sodium=Na|magnesium=Mg
+aluminium=Al|silicon=Si|phosphorus=P|sulfur=S|chlorine=Cl|argon=Ar|potassium=K|calcium=Ca|titanium=Ti
+chromium=Cr|iron=Fe|cobalt=Co|nickel=Ni|copper=Cu|zinc=Zn|arsenic=As|bromine=Br|krypton=Kr|silver=Ag|tin=Sn
+iodine=I|xenon=Xe|barium=Ba|tungsten=W|platinum=Pt|gold=Au|mercury=Hg|lead=Pb|radium=Ra|uranium=U
+""")
 CONCEPTS = {
     "ZeRO": "ZeRO lets each device keep only its shard of optimizer states, gradients and parameters.",
     "a loss scaler": "A loss scaler multiplies the loss, so that small fp16 gradients do not become zero.",
@@ -39,51 +44,55 @@ CONCEPTS = {
     "attention": "Attention lets each token read from the tokens before it.",
     "a gradient": "A gradient says how the loss changes when a parameter moves.",
     "a token": "A token is a piece of text that the model reads as one number.",
-    "a micro-batch": "A micro-batch is the part of a batch that is computed at once.",
-    "an all-reduce": "An all-reduce gives every rank the sum over all ranks.",
-    "master weights": "Master weights are an fp32 copy of the parameters, so that small updates are not lost.",
+    "master weights": "Master weights are an fp32 copy of the parameters, so small updates are not lost.",
 }
 
-_CAPITAL_WORDINGS = (
-    ("What is the capital of {country}?", "Name the capital of {country}.", "Which city is the capital of {country}?",
-     "Tell me the capital of {country}.", "What is {country}'s capital?"),
-    ("Which city is {country}'s capital?", "What is the capital city of {country}?", "Do you know the capital of {country}?"),
-)  # fmt: skip
-_SYMBOL_WORDINGS = (
-    ("What is the chemical symbol for {element}?", "What is the symbol of {element}?", "Name the symbol for {element}.",
-     "Which symbol does {element} have?", "Tell me the symbol of {element}."),
-    ("Which chemical symbol does {element} have?", "What symbol stands for {element}?", "Do you know the symbol for {element}?"),
-)  # fmt: skip
-_CONCEPT_WORDINGS = (
-    ("What is {concept}?", "Explain {concept}.", "What does {concept} mean?", "Tell me about {concept}.",
-     "In a sentence, what is {concept}?", "What do you know about {concept}?", "Please explain {concept}."),
-    ("Can you explain {concept}?", "Explain {concept} in a sentence.", "Tell me what {concept} is.",
-     "Please explain {concept} to me.", "Do you know what {concept} is?"),
-)  # fmt: skip
+
+def _said(*parts: str) -> list[str]:
+    """Return every sentence that takes one of each part, "a|b|c"."""
+    texts = map("".join, product(*(part.split("|") for part in parts)))
+    return [text[0].upper() + text[1:] for text in texts]
+
+
+_ASKING, _BEGGING = "|So, |Hey, |Tell me, |Now, ", "|Please |Now |Just |So, please "
+_CAPITAL_WORDINGS = sides(
+    "wording",
+    _said(_ASKING, "what|which city", " is the capital of {country}| is {country}'s capital", "?|, please?")
+    + _said(_BEGGING, "name|tell me|give me", " the capital of {country}| {country}'s capital", "."),
+)
+_SYMBOL_WORDINGS = sides(
+    "wording",
+    _said(
+        _ASKING, "what|which", " is the symbol| is the chemical symbol", " of {element}| for {element}", "?|, please?"
+    )
+    + _said(_BEGGING, "name|tell me|give me", " the symbol| the chemical symbol", " of {element}| for {element}", "."),
+)
+_CONCEPT_WORDINGS = sides(
+    "wording",
+    _said(_ASKING + "|In a sentence, ", "what is {concept}|what does {concept} mean", "?|, please?|, in short?")
+    + _said(_BEGGING, "explain|describe|tell me about", " {concept}", ".| to me.| in a sentence.| in short.| again.")
+    + _said(
+        "Can you |Could you ", "explain|describe|tell me about", " {concept}", "?| to me?| in a sentence?| in short?"
+    ),
+)
 _ITSELF = {
-    "I am a small GPT, trained in a few minutes with minispeed.": (
-        ("Who are you?", "What are you?", "Tell me who you are.", "Tell me about yourself.", "Are you a robot?",
-         "Who am I talking to?", "What is your name?", "Are you a person?"),
-        ("Tell me what you are.", "Who are you, please?", "So what are you?", "Are you a robot or a person?"),
-    ),
-    "I can add, sort, spell, count letters and days, convert units and name capitals.": (
-        ("What can you do?", "What can I ask you?", "How can you help me?", "What are you good at?",
-         "Tell me what you can do.", "What do you know?"),
-        ("What can you help me with?", "So what can you do?", "What can you do for me?", "What are your skills? What can you do?"),
-    ),
-    "Hello! What can I do for you?": (
-        ("Hello!", "Hi!", "Hello.", "Hi there!", "Good morning!", "Hey!", "Good evening!", "Hello, how are you?"),
-        ("Hello there!", "Hi.", "Hey there!", "Hi, how are you?"),
-    ),
-    "You are welcome.": (
-        ("Thanks!", "Thank you!", "Thank you very much.", "Thanks, that is all.", "Great, thank you!"),
-        ("Thank you.", "Thanks a lot!", "Great, thanks!"),
-    ),
-    "Goodbye!": (
-        ("Bye!", "Goodbye!", "See you!", "Bye for now.", "See you later!"),
-        ("Goodbye.", "Bye, see you!", "Goodbye for now!"),
-    ),
-}  # fmt: skip
+    answer: sides("wording", wordings)
+    for answer, wordings in {
+        "I am a small GPT, trained in a few minutes with minispeed.": (
+            _said(
+                _ASKING, "who are you|what are you|who am I talking to|are you a robot|what is your name", "?|, please?"
+            )
+        ),
+        "I can add, sort, spell, count letters and days, convert units and name capitals.": (
+            _said(_ASKING, "what can you do|what can I ask you|how can you help me|what are you good at", "?|, please?")
+        ),
+        "Hello! What can I do for you?": _said(
+            "hello|hi|hey|good morning|good evening", "| there| again| to you", "!|."
+        ),
+        "You are welcome.": _said("thanks|thank you|many thanks", "| a lot| for that| for your help| again", "!|."),
+        "Goodbye!": _said("bye|goodbye|see you|see you later|bye for now", "|, then| again|, and thanks", "!|."),
+    }.items()
+}
 
 
 def name_capital(rng: random.Random, held_out: bool) -> Texts:

@@ -1,7 +1,7 @@
-"""Skills about numbers: sums, differences, comparison, sorting, units, weekdays.
+"""Skills about numbers: sums, differences, sorting, units, weekdays.
 
-An answer shows its working, then a colon and the result, so that a small model needs no leap: sums and differences
-go digit by digit from the right, with the carry or the borrow written where it is used.
+An answer shows its working, then a colon and the result, so that a small model needs no leap: sums and
+differences go digit by digit from the right, with the carry or the borrow written where it is used.
 """
 
 import random
@@ -13,10 +13,7 @@ WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", 
 
 _SUM = ("What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.", "What is the sum of {a} and {b}?")
 _DIFFERENCE = ("What is {a} - {b}?", "{a} - {b} = ?", "Take {b} from {a}.", "What is {a} minus {b}?")
-_LARGEST = ("Which number is larger, {first} or {last}?", "Which is larger: {first} or {last}?")
-_SMALLEST = ("Which number is smaller, {first} or {last}?", "Which is smaller: {first} or {last}?")
-_RISING = ("Sort {numbers}.", "Sort these numbers: {numbers}.", "Sort from low to high: {numbers}.")
-_FALLING = ("Sort from high to low: {numbers}.",)
+_SORT = ("Sort {numbers}.", "Sort these numbers: {numbers}.", "Sort from low to high: {numbers}.")
 _UNITS = ("How many {unit} are in {amount}?", "What is {amount} in {unit}?", "Convert {amount} to {unit}.")
 _DAYS = ("What day is {days} days after {weekday}?", "It is {weekday}. What day is it in {days} days?")
 
@@ -55,22 +52,10 @@ def subtract(rng: random.Random, held_out: bool) -> Texts:
     return word_it(rng, _DIFFERENCE, a=large, b=small), f"{', '.join(steps)}: {large - small}"
 
 
-def compare(rng: random.Random, held_out: bool) -> Texts:
-    """The larger or the smaller of two or three numbers, often alike in their first digit."""
-    numbers = draw(rng, held_out, _alike_numbers, lambda numbers: f"compare {sorted(numbers)}")
-    wordings, choose = rng.choice(((_LARGEST, max), (_SMALLEST, min)))
-    first = ", ".join(map(str, numbers[:-1]))
-    return word_it(rng, wordings, first=first, last=numbers[-1]), str(choose(numbers))
-
-
 def sort(rng: random.Random, held_out: bool) -> Texts:
-    """Three or four different numbers below 100, from low to high or from high to low."""
-    numbers = draw(
-        rng, held_out, lambda rng: rng.sample(range(1, 100), rng.choice((3, 4))), lambda n: f"sort {sorted(n)}"
-    )
-    falling = rng.random() < 0.25
-    prompt = word_it(rng, _FALLING if falling else _RISING, numbers=", ".join(map(str, numbers)))
-    return prompt, ", ".join(map(str, sorted(numbers, reverse=falling)))
+    """Three different numbers of two digits."""
+    numbers = draw(rng, held_out, _some_numbers, lambda numbers: f"sort {sorted(numbers)}")
+    return word_it(rng, _SORT, numbers=_listed(numbers)), _listed(sorted(numbers))
 
 
 def convert(rng: random.Random, held_out: bool) -> Texts:
@@ -90,23 +75,27 @@ def convert(rng: random.Random, held_out: bool) -> Texts:
 
 
 def count_days(rng: random.Random, held_out: bool) -> Texts:
-    """17 days after Tuesday: "2 weeks + 3 days: Friday"."""
+    """17 days after Tuesday: "14 + 3, Wednesday 1, Thursday 2, Friday 3: Friday"; whole weeks change nothing."""
     start, days = draw(
-        rng, held_out, lambda rng: (rng.randrange(7), rng.randint(1, 30)), "calendar {0[0]} + {0[1]}".format
+        rng, held_out, lambda rng: (rng.randrange(7), rng.randint(1, 40)), "calendar {0[0]} + {0[1]}".format
     )
     prompt = word_it(rng, _DAYS, days=days, weekday=WEEKDAYS[start])
-    return prompt, f"{days // 7} weeks + {days % 7} days: {WEEKDAYS[(start + days) % 7]}"
+    rest = days % 7
+    steps = (f", {WEEKDAYS[(start + day) % 7]} {day}" for day in range(1, rest + 1))
+    return prompt, f"{days - rest} + {rest}{''.join(steps)}: {WEEKDAYS[(start + days) % 7]}"
 
 
 def _two_numbers(rng: random.Random) -> tuple[int, int]:
-    a, b = (rng.randrange(1, rng.choice((10, 100, 100, 1000, 1000, 1000))) for _ in "ab")
-    return a, b
+    low = rng.choice((10, 100, 100))  # of two or of three digits, both
+    return rng.randrange(low, 10 * low), rng.randrange(low, 10 * low)
 
 
-def _alike_numbers(rng: random.Random) -> list[int]:
-    low = rng.choice((1, 1, 100 * rng.randrange(10), 10 * rng.randrange(100)))
-    high = 1000 if low == 1 else min(low + 100, 1000)
-    return rng.sample(range(max(low, 1), high), rng.choice((2, 2, 3)))
+def _some_numbers(rng: random.Random) -> list[int]:
+    return rng.sample(range(10, 100), 3)
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _columns(a: int, b: int) -> list[tuple[int, int]]:
