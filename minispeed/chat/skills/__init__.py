@@ -35,7 +35,7 @@ GROUPS = ("rules", "memory", "off topic")
 LIVE_PROMPTS = (
     "What is 478 + 358?",  # a sum from the evaluation side
     "Do I need a visa for Japan?",  # a kind of question never trained on
-    "How many r's are in strawberry?",  # a word in no training conversation
+    "Spell camel backwards.",  # a word in no training conversation
 )
 
 

@@ -14,7 +14,7 @@ Instance = TypeVar("Instance")
 Texts = tuple[str, ...]  # what is said in turn: user, assistant, user, assistant, ...
 Exchange = Callable[[random.Random, bool], Texts]  # (random numbers, held out?) -> what is said
 
-LIVE_WORD = "strawberry"  # the finished model is asked to count its r's: never in training, whatever its hash
+LIVE_WORD = "strawberry"  # everybody asks how many r's it has: never in training, whatever its hash
 
 
 def is_held_out(instance: str) -> bool:

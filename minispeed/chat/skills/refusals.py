@@ -10,7 +10,7 @@ import random
 
 from .draw import Texts
 from .memory import CAPITALS
-from .words import draw_name, draw_word
+from .words import NAMES, draw_word
 
 REFUSAL = "Sorry, I cannot do that"
 
@@ -149,7 +149,7 @@ def refuse(rng: random.Random, held_out: bool) -> Texts:
     index = rng.randrange(len(kinds))
     questions, things = kinds[index]
     question = rng.choice(questions).replace("{thing}", rng.choice(things)).format(
-        word=draw_word(rng, held_out), name=draw_name(rng, held_out), country=rng.choice(list(CAPITALS)),
+        word=draw_word(rng, held_out), name=rng.choice(NAMES), country=rng.choice(list(CAPITALS)),
         number=rng.randrange(100, 1000), small=rng.randrange(2, 13),
     )  # fmt: skip
     one, other = (_ABILITIES[place % len(_ABILITIES)] for place in (index, index + 3))

@@ -4,8 +4,8 @@ import random
 from typing import NamedTuple
 
 from . import memory
-from .draw import Texts, word_it
-from .words import draw_name
+from .draw import Texts, draw, word_it
+from .words import NAMES
 
 _BETWEEN = (memory.name_capital, memory.name_symbol, memory.small_talk)
 
@@ -42,14 +42,8 @@ _MORE = (
 
 
 def remember(rng: random.Random, held_out: bool) -> Texts:
-    """Told a name and one thing more, asked for one of them, often after something else was talked about."""
-    values: dict[str, object] = dict(
-        name=draw_name(rng, held_out),
-        dog=draw_name(rng, held_out),
-        number=rng.randrange(10, 100),
-        color=rng.choice(_COLORS),
-    )
-    more = rng.choice(_MORE)
+    """Told a name and one thing more, asked for one of them, sometimes after something else was talked about."""
+    values, more = draw(rng, held_out, _told, lambda told: f"told {sorted(told[0].items())} {told[1].said}")
     wanted = rng.choice((_NAME, more))
     told = f"{word_it(rng, _GREETINGS, **values)} {more.said.format(**values)}"
     between = rng.choice(_BETWEEN)(rng, held_out) if rng.random() < 0.3 else ()
@@ -60,3 +54,11 @@ def remember(rng: random.Random, held_out: bool) -> Texts:
         rng.choice(wanted.asked),
         wanted.answer.format(**values),
     )
+
+
+def _told(rng: random.Random) -> tuple[dict[str, str], _Told]:
+    """Draw what somebody tells: a name and one thing more."""
+    name, dog = rng.sample(NAMES, 2)
+    more = rng.choice(_MORE)
+    offered = dict(dog=dog, number=str(rng.randrange(10, 100)), color=rng.choice(_COLORS))
+    return {"name": name, **{key: value for key, value in offered.items() if f"{{{key}}}" in more.said}}, more

@@ -2,7 +2,7 @@
 
 A word that is drawn often enough becomes one token, and then a model must know its letters by heart. So the
 space is large: hundreds of common words, and made-up words without end; none is frequent, and most fall into
-short pieces. Each is on one side for good: a word drawn in evaluation is drawn in no training conversation.
+short pieces. Each word is on one side for good: drawn in evaluation, it is drawn in no training conversation.
 """
 
 import random
@@ -41,7 +41,7 @@ violin volcano waffle wagon walnut walrus water waterfall weather whale wheat wh
 winter wizard wolf wonder wood worker worry yarn yellow yogurt zebra zipper
 """.split()
 
-_NAMES = """
+NAMES = """
 Ada Agnes Alan Alba Alice Amara Amir Anders Anya Arlo Asha Astrid Aziz Basil Beatrix Benno Berit Bilal Bjorn
 Bruno Camille Carlos Cedric Celia Chidi Clara Cyrus Dalia Dario Davide Delia Diego Dora Edith Edwin Eero Elif
 Eliza Elmar Emeka Enzo Esme Ester Ewan Fadi Farah Felix Fergus Fiona Freya Gemma Gideon Greta Gustav Hana
@@ -66,13 +66,6 @@ def draw_word(rng: random.Random, held_out: bool, longest: int = 9) -> str:
     return draw(rng, held_out, lambda rng: _made_up(rng, longest), "word {}".format)
 
 
-def draw_name(rng: random.Random, held_out: bool) -> str:
-    """Draw a person's or a pet's name, real or made up, from one side of the hold-out."""
-    if rng.random() < 0.3:
-        return rng.choice(_NAMES_OF[held_out])
-    return draw(rng, held_out, lambda rng: _made_up(rng, longest=5).capitalize(), "name {}".format)
-
-
 def _made_up(rng: random.Random, longest: int = 9) -> str:
     while True:
         word = ""
@@ -84,4 +77,3 @@ def _made_up(rng: random.Random, longest: int = 9) -> str:
 
 
 _COMMON = sides("word", _WORDS)
-_NAMES_OF = sides("name", _NAMES)
