@@ -46,7 +46,7 @@ def spell_backwards(rng: random.Random, held_out: bool) -> Texts:
 
 def count_letters(rng: random.Random, held_out: bool) -> Texts:
     """The r's of mirror: "m i r1 r2 o r3: 3"; the letter asked for is numbered wherever it stands."""
-    word = draw_word(rng, held_out)
+    word = draw_word(rng, held_out, longest=7)
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     spelled, count = [], 0
     for each in word:

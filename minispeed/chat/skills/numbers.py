@@ -63,7 +63,7 @@ def convert(rng: random.Random, held_out: bool) -> Texts:
     count, (large, small) = draw(
         rng,
         held_out,
-        lambda rng: (rng.randint(2, rng.choice((20, 99, 999))), rng.choice(tuple(_IN_ONE))),
+        lambda rng: (rng.randint(2, rng.choice((20, 99, 99, 200))), rng.choice(tuple(_IN_ONE))),
         "units {0[0]} {0[1]}".format,
     )
     factor = _IN_ONE[large, small]
