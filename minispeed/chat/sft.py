@@ -74,10 +74,9 @@ def run_rank(world: World, options: SftOptions) -> int:
     threads = use_threads(options.threads, ranks=group.size)
     if options.resume:
         options = recall(options)
-    if group.rank == 0:
-        open_model_and_data(options)
+    opened = open_model_and_data(options) if group.rank == 0 else None
     barrier(group)  # the others find the data tokenised
-    chat, prepared, from_scratch = open_model_and_data(options)
+    chat, prepared, from_scratch = opened or open_model_and_data(options)
     options, choices = fill_in(options, chat.model.config, from_scratch=from_scratch)
     precision = agree_on_precision(options.dtype, group)
     options = replace(options, dtype=precision.name, threads=threads, ranks=group.size)
@@ -387,6 +386,8 @@ class Trainer:
         losses = self.evaluate(whole=True)
         if losses:
             self.say(self.compare(losses, untrained))
+        if self.options.samples:
+            self.sample()
         chosen = first_of_each_task(self.prepared.eval_conversations(), self.options.score)
         if self.options.score and chosen:
             self.say(table_of(figures_of(losses, self.answer(chosen, progress=True))))

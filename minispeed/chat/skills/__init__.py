@@ -63,7 +63,7 @@ def _converse(say: Exchange, task: str, metric: str, rng: random.Random, held_ou
 _ROWS: tuple[tuple[str, str, str, float, Exchange, str], ...] = (
     # name, group, metric, weight, what makes it, about
     ("sums", "rules", "exact", 1.2, numbers.add, "add two numbers of two or three digits, digit by digit"),
-    ("differences", "rules", "exact", 1.8, numbers.subtract, "take one number from another, with borrows"),
+    ("differences", "rules", "exact", 1.5, numbers.subtract, "take one number from another, with borrows"),
     ("sorting", "rules", "exact", 1.6, numbers.sort, "sort three numbers"),
     ("units", "rules", "exact", 0.6, numbers.convert, "convert km, cm, kg, cents, ... by powers of ten"),
     ("calendar", "rules", "exact", 0.9, numbers.count_days, "the weekday up to 40 days from now"),
@@ -71,11 +71,11 @@ _ROWS: tuple[tuple[str, str, str, float, Exchange, str], ...] = (
     ("letters", "rules", "exact", 2.6, language.count_letters, "count a letter in a word"),
     ("sentiment", "rules", "label", 0.9, language.judge_review, "is a review positive, negative or mixed"),
     ("translation", "rules", "exact", 0.6, language.translate, "English to Speedish, a made-up language"),
-    ("remembering", "rules", "exact", 2.1, turns.remember, "a name, a number, a color, told turns ago"),
+    ("remembering", "rules", "exact", 1.8, turns.remember, "a name, a number, a color, told turns ago"),
     ("capitals", "memory", "exact", 0.6, memory.name_capital, "the capitals of 50 countries"),
     ("symbols", "memory", "exact", 0.5, memory.name_symbol, "the chemical symbols of 40 elements"),
     ("small talk", "memory", "exact", 0.6, memory.small_talk, "who it is, and what ZeRO or a loss scaler is"),
-    ("refusals", "off topic", "opening", 0.8, refusals.refuse, "decline whatever else is asked"),
+    ("refusals", "off topic", "opening", 0.9, refusals.refuse, "decline whatever else is asked"),
 )
 SKILLS = {
     name: Skill(name, group, metric, weight, partial(_converse, say, name, metric), about)
