@@ -147,7 +147,7 @@ class DemoOptions(Options):
 
     out: Path = option(Path("runs/demo"), help="directory that the run writes to, replaced if it is a demo's")
     model: str = option("tiny", help="a preset")
-    minutes: float = option(4.1, help="time to train for", low=0.05)
+    minutes: float = option(4.4, help="time to train for", low=0.05)
     steps: int | None = option(None, help="updates to make, in place of --minutes", low=1)
     conversations: int = option(60000, help="how many to write for training", low=100)
     score: int = option(50, help="held-out prompts per skill", low=1)
