@@ -35,7 +35,7 @@ GROUPS = ("rules", "memory", "off topic")
 LIVE_PROMPTS = (
     "What is 478 + 358?",  # a sum from the evaluation side
     "Do I need a visa for Japan?",  # a kind of question never trained on
-    "Spell camel backwards.",  # a word in no training conversation
+    "Sort 85, 36, 31.",  # numbers from the evaluation side
 )
 
 
