@@ -17,7 +17,7 @@ from minispeed.chat.evaluate import bytes_of_tokens, measure_loss
 from minispeed.chat.pack import Packing
 from minispeed.chat.prepare import Prepared, encode_documents
 from minispeed.chat.run import ChatModel, RunDirectory
-from minispeed.chat.sft import Trainer
+from minispeed.chat.trainer import Trainer
 
 WORDS = "red green blue seven eight nine cat dog bird tree".split()
 
