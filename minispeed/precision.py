@@ -13,21 +13,41 @@ import torch
 
 from minispeed.errors import UserError, nearest
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64", "float": "fp32", "double": "fp64"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+ALIASES = {
+    "float32": "fp32",
+    "float": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float64": "fp64",
+    "double": "fp64",
+}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of parameters (`compute`) and of what the optimizer adds to (`master`), and why they were chosen."""
+    """Dtypes of a run, and why they were chosen.
+
+    compute     parameters, products, and the gradients that autograd makes
+    reduce      gradients on their way between ranks; the compute dtype when None
+    accumulate  gradients added up over micro-batches; the masters' dtype when None
+    """
 
     compute: torch.dtype
     reason: str = "asked for"
+    reduce: torch.dtype | None = None
+    accumulate: torch.dtype | None = None
 
     @property
     def master(self) -> torch.dtype:
-        """fp32, or fp64 for a model in fp64."""
+        """What the optimizer adds to: fp32, or fp64 for a model in fp64."""
         return torch.promote_types(self.compute, torch.float32)
+
+    @property
+    def needs_scaler(self) -> bool:
+        """Whether small gradients fall below the smallest number: fp16's is 6e-8, the others' 1e-38 or less."""
+        return torch.float16 in (self.compute, self.reduce)
 
     @property
     def name(self) -> str:
@@ -36,12 +56,21 @@ class Precision:
 
 
 def choose_precision(name: str) -> Precision:
-    """Return the precision called "fp32", "bf16" or "fp64"; "auto" measures this processor and takes the fast one."""
+    """Return the precision called "fp32", "bf16", "fp16" or "fp64".
+
+    "auto" takes, on a GPU, bf16 where it is native and else fp16; on a CPU it measures, and takes the fast one.
+    """
     name = ALIASES.get(name, name)
+    if name == "auto" and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        reason = f"this GPU {'has' if native else 'lacks'} bf16 products"
+        return Precision(torch.bfloat16 if native else torch.float16, reason)
     if name == "auto":
         return _measured()
     if name not in DTYPES:
         raise UserError(f"no dtype is called {name!r}", fix=f"--dtype {nearest(name, [*DTYPES, 'auto']) or 'auto'}")
+    if name == "fp16" and not torch.cuda.is_available():
+        return Precision(torch.float16, "asked for: right on a CPU, and several times slower than fp32 there")
     return Precision(DTYPES[name])
 
 

@@ -56,7 +56,7 @@ class SftOptions(Options):
     dtype: str = option(
         "auto",
         help="of parameters and products; auto measures",
-        choices=("auto", "bf16", "fp32", "fp64"),
+        choices=("auto", "bf16", "fp16", "fp32", "fp64"),
         group=RUNNING,
     )
     ranks: int = option(1, help="processes on this machine that share the work", low=1, group=RUNNING)
@@ -159,7 +159,7 @@ class DemoOptions(Options):
         "reference", help="which implementation", choices=("fused", "tiled", "reference")
     )  # bf16 rows of 128 on a CPU: 3.2 ms a layer and step, the fused kernel 7.6
     dtype: str = option(
-        "auto", help="of parameters and products; auto measures", choices=("auto", "bf16", "fp32", "fp64")
+        "auto", help="of parameters and products; auto measures", choices=("auto", "bf16", "fp16", "fp32", "fp64")
     )
     seed: int = option(0, help="the same seed gives the same weights, bit for bit", low=0)
     threads: int = option(0, help="threads that torch computes with; 0 takes every core", low=0)

@@ -40,6 +40,7 @@ from minispeed.figures import draw_run
 from minispeed.optim import warmup_then
 from minispeed.options import to_json
 from minispeed.precision import choose_precision
+from minispeed.scaler import LossScaler
 
 NUM_EVAL_STEPS = 16  # batches of the evaluations while training; the last one reads everything
 FIRST_SAMPLE = 25  # steps; then at every doubling
@@ -89,13 +90,14 @@ class Trainer:
         self.total = options.steps or sum(map(self.packing.steps_per_epoch, range(options.epochs or 0)))
         assert options.weight_decay is not None
         precision = choose_precision(options.dtype)
-        one_micro_batch = options.batch // group.size <= options.micro_batch
+        if options.batch // group.size <= options.micro_batch:  # one micro-batch: nothing is added up
+            precision = replace(precision, accumulate=precision.compute)
         self.engine = Engine(
             chat.model,
             group,
             zero=options.zero,
             precision=precision,
-            accumulate=precision.compute if one_micro_batch else precision.master,
+            scaler=LossScaler() if precision.needs_scaler else None,
             schedule=self.schedule(),
             lr=options.lr,
             weight_decay=options.weight_decay,
@@ -196,7 +198,10 @@ class Trainer:
         self.bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update()
         if report.skipped:
-            self.say(f"step {self.engine.step}: the gradient's norm is {report.norm}; the step is skipped")
+            self.say(f"step {self.engine.step}: skipped, the loss scale is now {self.engine.scaler.scale:g}")
+        if report.nonfinite:
+            what = f"{report.nonfinite}, and the loss scale {report.scale:g} can go no lower"
+            raise UserError(what, fix="a lower --lr, or --dtype fp32 to see whether it comes from rounding")
 
     def evaluate(self, *, whole: bool = False) -> dict[str, Loss]:
         """Return held-out losses per task, write them down, and keep the best checkpoint."""
@@ -237,7 +242,7 @@ class Trainer:
         """Write a checkpoint of everything."""
         engine = self.engine
         state: dict[str, Any] = {"step": engine.step, "num_updates": engine.num_updates, "total": self.total}
-        state |= {"progress": self.progress.state()}
+        state |= {"progress": self.progress.state(), "scaler": engine.scaler.state()}
         self.run.save_checkpoint(engine.pieces(), state, engine.group, best=best)
 
     def load(self) -> None:
@@ -245,6 +250,7 @@ class Trainer:
         stored = self.run.load_checkpoint()
         state = stored.state
         self.engine.load(stored.read, step=state["step"], num_updates=state["num_updates"])
+        self.engine.scaler = LossScaler(**state["scaler"])
         self.progress = Progress.of(state["progress"])
         if not self.total and state["total"]:
             self.total = state["total"]

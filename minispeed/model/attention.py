@@ -15,8 +15,7 @@ Letters: B batch, H heads, G key/value heads (G divides H, R = H / G share one),
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ class Mask:
     offset: int = 0
     queries: Tensor | None = None
     keys: Tensor | None = None
+    _biases: dict[tuple[torch.dtype, torch.device], Tensor | None] = field(default_factory=dict, repr=False)
 
     def allowed(self, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
         """Return the block of the mask at `rows` x `columns`, (1 or B, 1, t, s) bool, None if all is allowed."""
@@ -55,11 +55,16 @@ class Mask:
             seen = same if seen is None else seen & same
         return seen
 
-    @cached_property
-    def dense(self) -> Tensor | None:
-        """The whole mask, built once and shared by every layer.  (1 or B, 1, T, S) bool"""
-        device = torch.device("cpu") if self.queries is None else self.queries.device
-        return self.allowed(slice(0, self.num_queries), slice(0, self.num_keys), device)
+    def bias(self, like: Tensor) -> Tensor | None:
+        """Return the whole mask as a term of the scores, 0 or -inf, built once and shared by every layer.
+
+        Returns (1 or B, 1, T, S) in the dtype and on the device of `like`; None if all is allowed
+        """
+        key = (like.dtype, like.device)
+        if key not in self._biases:
+            allowed = self.allowed(slice(0, self.num_queries), slice(0, self.num_keys), like.device)
+            self._biases[key] = allowed if allowed is None else _bias(allowed, like.dtype)
+        return self._biases[key]
 
     def is_plain(self) -> bool:
         """Whether the kernel's own causal flag says the same."""
@@ -70,20 +75,22 @@ class Mask:
         return not self.causal or columns.start <= self.offset + rows.stop - 1
 
 
+def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, -math.inf)
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Compute the formula as it is written.
 
     Reads   q (B, H, T, K); k, v (B, G, S, K)
     Holds   the scores for backward, B H T S elements, twice
-    Returns (B, H, T, K), in q's dtype; half precision takes its softmax in fp32
+    Returns (B, H, T, K), in q's dtype; torch's softmax of half precision adds up in fp32
     """
     num_shares = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(num_shares, dim=1) for x in (k, v))  # (B, G, S, K) -> (B, H, S, K)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-    if mask.dense is not None:
-        scores = scores.masked_fill(~mask.dense.to(q.device), -math.inf)
-    return scores.softmax(dim=-1).to(q.dtype) @ v
+    k, v = (x[:, :, None].expand(-1, -1, num_shares, -1, -1).flatten(1, 2) for x in (k, v))  # -> (B, H, S, K)
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, S)
+    bias = mask.bias(scores)
+    return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, tile: int = 128) -> Tensor:
@@ -103,9 +110,9 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, tile: int = 128) -> Te
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Let torch's `scaled_dot_product_attention` choose its kernel; a dense mask only where one is needed."""
     plain = mask.is_plain()
-    dense = None if plain or mask.dense is None else mask.dense.to(q.device)
+    bias = None if plain else mask.bias(q)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, is_causal=plain, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, enable_gqa=grouped)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask], Tensor]] = {

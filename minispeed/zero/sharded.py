@@ -14,6 +14,7 @@ ZeRO, Rajbhandari et al. 2020, section 5.2.  https://arxiv.org/abs/1910.02054
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,19 @@ from torch.overrides import TorchFunctionMode
 from minispeed.collective.group import Group
 from minispeed.errors import UserError
 from minispeed.zero.table import TABLE, check_stage
-from minispeed.zero.unit import ShardedUnit
+from minispeed.zero.unit import Dtypes, ShardedUnit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offload:
+    """Where what is rarely needed lives, None: with the parameters.
+
+    states      masters and moments; the optimizer then runs there
+    parameters  at stage 3, the shards of released units
+    """
+
+    states: torch.device | None = None
+    parameters: torch.device | None = None
 
 
 class ShardedModel:
@@ -36,25 +49,30 @@ class ShardedModel:
         group: Group,
         *,
         stage: int,
-        compute: torch.dtype,
-        master: torch.dtype,
-        gradient: torch.dtype | None = None,
+        dtypes: Dtypes,
         param_groups: Sequence[Sequence[str]] | None = None,
         units: Mapping[str, Sequence[str]] | None = None,
+        bucket: int | None = None,
+        overlap: bool = True,
+        prefetch: int = 0,
+        persistence: int = 0,
+        offload: Offload = Offload(),
     ) -> None:
         """Take over the module's parameters.
 
         stage         0 to 3, a column of the table
-        gradient      dtype that gradients are added up in over micro-batches; compute dtype when absent
         param_groups  names of the trainable parameters by optimizer group; one group when absent
         units         names of the parameters of each unit, by the name of the module whose forward uses them (any other
                       name: no module's); `units_of(module)` when absent
+        bucket        stages 0 to 2: parameters are reduced together up to this many elements, whatever their module;
+                      None: by unit
+        overlap       compute goes on while a unit's gradients are summed
+        prefetch      stage 3: elements of the next units that are gathered while one computes
+        persistence   stage 3: a unit of fewer elements stays whole, as at stage 2
         Raises        UserError if nothing is trainable, or a name is in no unit, or in two
         """
         self.module, self.group, self.stage = module, group, check_stage(stage)
-        self.gradient_dtype = gradient or compute
-        # stages 0 and 1 add up whole gradients before they are summed over ranks, stages 2 and 3 after
-        self.collect_dtype = compute if stage >= 2 else self.gradient_dtype
+        self.dtypes, self.overlap, self.prefetch = dtypes, overlap, prefetch
         parameters = dict(module.named_parameters())
         trainable = [name for name, p in parameters.items() if p.requires_grad]
         if not trainable:
@@ -63,6 +81,8 @@ class ShardedModel:
         _check_names(param_groups, trainable, "parameter group")
         division = units or units_of(module)
         _check_names(list(division.values()), list(parameters), "unit")
+        if bucket is not None and stage < 3:
+            division = buckets_of({name: p.numel() for name, p in parameters.items()}, bucket)
         self.units: list[ShardedUnit] = []
         modules = dict(module.named_modules())
         self._owner: dict[int, ShardedUnit] = {}  # by id of a parameter, and by address of the flat storage
@@ -72,27 +92,28 @@ class ShardedModel:
             split = [[name for name in of_group if name in set(names)] for of_group in param_groups]
             for parts in (split, [frozen]):
                 chosen = [{name: parameters[name] for name in part} for part in parts]
+                size = sum(p.numel() for part in chosen for p in part.values())
                 if not any(chosen):
                     continue
                 unit = ShardedUnit(
                     chosen,
                     group,
-                    compute=compute,
-                    master=master,
-                    gradient=self.gradient_dtype,
-                    whole=stage == 0,
-                    released=stage == 3,
+                    stage=2 if stage == 3 and size < persistence else stage,
+                    dtypes=dtypes,
+                    states_on=offload.states,
+                    shard_on=offload.parameters,
                     on_read=self._on_read,
                 )
                 self._adopt(unit, modules.get(where))
         self.is_last = True
+        self._look: Callable[[str, Tensor], None] = lambda name, gradient: None
         self._is_running = self._in_backward = self._is_gathered = False
         self._order: list[ShardedUnit] = []  # of the first forward
+        self._order_is_known = False
         self._waiting: list[ShardedUnit] = []  # not complete yet in this backward, in the order of reduction
         self._depth = {id(unit): 0 for unit in self.units}
-        if stage == 3:
-            for unit in self.units:
-                unit.reshard()
+        self._reducing: ShardedUnit | None = None  # the last unit that was reduced, perhaps still on its way
+        self._rest()
 
     def _adopt(self, unit: ShardedUnit, home: nn.Module | None) -> None:
         """Hook a unit's moments to its module and parameters."""
@@ -107,33 +128,34 @@ class ShardedModel:
             home.register_forward_pre_hook(lambda module, args: self._enter(unit), prepend=True)
             home.register_forward_hook(lambda module, args, out: self._leave(unit), always_call=True)
 
-    def _at(self, moment: str, unit: ShardedUnit) -> None:
-        """Do what the table says."""
-        verb = TABLE[moment][self.stage]
-        if verb == "unshard":
-            if unit.is_released or moment == "after step":
-                unit.unshard()
-        elif verb == "reshard":
-            unit.reshard()
-        elif verb == "reduce" and unit.trainable:
-            unit.reduce(self.collect_dtype)
-
     # ---- forward
 
     def _enter(self, unit: ShardedUnit) -> None:
-        self._note(unit)
         self._depth[id(unit)] += 1
-        self._at("before forward", unit)
+        self._use(unit)
 
     def _leave(self, unit: ShardedUnit) -> None:
         self._depth[id(unit)] -= 1
         if not self._depth[id(unit)] and not self._in_backward and not self._is_gathered:
-            self._at("after forward", unit)
+            unit.at("after forward")
 
-    def _note(self, unit: ShardedUnit) -> None:
-        """Remember the order of the first forward."""
+    def _use(self, unit: ShardedUnit) -> None:
+        """Make a unit whole, note its place in the first forward, and ask for those that follow."""
         if unit not in self._order:
             self._order.append(unit)
+        unit.at("before backward" if self._in_backward else "before forward")
+        if self.prefetch and self._order_is_known and unit.stage == 3:
+            self._ask_for_next(unit)
+
+    def _ask_for_next(self, unit: ShardedUnit) -> None:
+        order = self._order[::-1] if self._in_backward else self._order
+        left = self.prefetch
+        for following in order[order.index(unit) + 1 :]:
+            left -= following.num_elements if following.stage == 3 else 0
+            if left < 0:
+                return
+            if following.is_released:
+                following.start_unshard()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -147,12 +169,13 @@ class ShardedModel:
                 yield
             finally:
                 self._is_running = False
+                self._order_is_known = bool(self._order)
                 self._rest()
 
     def _rest(self) -> None:
         for unit in self.units:
             self._depth[id(unit)] = 0
-            self._at("after forward", unit)
+            unit.at("after forward")
 
     def _on_read(self, unit: ShardedUnit) -> bool:
         """Unshard a unit of which a parameter is read; refuse (False) outside of a step."""
@@ -170,8 +193,7 @@ class ShardedModel:
 
     def _revive(self, unit: ShardedUnit) -> None:
         if unit.is_released:
-            self._note(unit)
-            self._at("before backward" if self._in_backward else "before forward", unit)
+            self._use(unit)
 
     def _saving(self) -> contextlib.AbstractContextManager[Any]:
         """Let what autograd saves be looked at when it is taken out again."""
@@ -203,20 +225,33 @@ class ShardedModel:
                     self._complete(unit)
             if last:
                 for unit in self._reduce_order():
-                    self._at("last backward over", unit)
+                    self._reduce_at("last backward over", unit)
+            for unit in self._reduce_order():
+                unit.settle()
         finally:
             self._in_backward = False
             self._rest()
 
     def _reduce_order(self) -> list[ShardedUnit]:
         """Return the units, last of the first forward first; those that no forward reached at the end."""
-        return [*reversed(self._order), *(unit for unit in self.units if unit not in self._order)]
+        return [*reversed(self._order), *(unit for unit in reversed(self.units) if unit not in self._order)]
 
     def _expects_gradient(self, unit: ShardedUnit) -> None:
         """A gradient is about to be added: autograd gives it its parameter's shape, so that must be there."""
         self._revive(unit)
 
+    @contextlib.contextmanager
+    def watching(self, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Show `look` each parameter's name and gradient, once it is there and before it is summed over ranks."""
+        self._look = look
+        try:
+            yield
+        finally:
+            self._look = lambda name, gradient: None
+
     def _got_gradient(self, unit: ShardedUnit, name: str, p: Tensor) -> None:
+        if p.grad is not None:
+            self._look(name, p.grad)
         self._missing.get(id(unit), set()).discard(name)
         while self._waiting and not self._missing[id(self._waiting[0])]:
             self._complete(self._waiting.pop(0))
@@ -225,18 +260,30 @@ class ShardedModel:
         """All gradients of a unit are there: add them up, reduce, release."""
         if not unit.trainable:
             return
-        unit.collect(self.collect_dtype)
-        self._at("last gradients complete" if self.is_last else "gradients complete", unit)
-        self._at("after backward", unit)
+        unit.collect()
+        self._reduce_at("last gradients complete" if self.is_last else "gradients complete", unit)
+        unit.at("after backward")
+
+    def _reduce_at(self, moment: str, unit: ShardedUnit) -> None:
+        """Start what the table says, and finish the unit before: one sum is under way while the next is computed."""
+        unit.at(moment)
+        if self._reducing not in (None, unit):
+            self._reducing.settle()
+        self._reducing = unit
+        if not self.overlap:
+            unit.settle()
 
     # ---- step
 
     def publish(self) -> None:
         """After the optimizer's step: let every rank see the new parameters."""
-        for unit in self.units:
-            if unit.trainable:
-                unit.publish()
-                self._at("after step", unit)
+        trained = [unit for unit in self.units if unit.trainable]
+        for unit in trained:
+            unit.publish()
+            if TABLE["after step"][unit.stage]:
+                unit.start_unshard()
+        for unit in trained:
+            unit.at("after step")
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[nn.Module]:
@@ -293,6 +340,24 @@ def units_of(module: nn.Module) -> dict[str, list[str]]:
     for name, _ in module.named_parameters():
         home = next((home for home in outermost if name.startswith(f"{home}.")), name.rpartition(".")[0].split(".")[0])
         division.setdefault(home, []).append(name)
+    return division
+
+
+def buckets_of(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
+    """Divide parameters by size alone: neighbours together, up to `most` elements; a longer one is alone.
+
+    sizes    elements by name, in the model's order
+    Returns  names by the bucket's name, which is no module's
+    """
+    if most < 1:
+        raise UserError(f"a bucket of {most} elements", fix="1 or more")
+    division: dict[str, list[str]] = {}
+    filled = 0
+    for name, size in sizes.items():
+        if not division or filled + size > most:
+            division[f"bucket {len(division)}"], filled = [], 0
+        division[f"bucket {len(division) - 1}"].append(name)
+        filled += size
     return division
 
 

@@ -16,23 +16,45 @@ Letters: N ranks, S elements of a shard, P = N S elements of the padded buffer.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minispeed.collective.group import Group
+from minispeed.collective.group import Group, Work
 from minispeed.errors import UserError
 from minispeed.layout import FlatLayout
+from minispeed.zero.table import TABLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dtypes:
+    """What a unit keeps and sends its elements in.
+
+    compute   parameters, and the gradients that autograd makes
+    master    what the optimizer adds to
+    collect   gradients of one rank, added up until they are reduced
+    reduce    gradients on their way to the sum over ranks
+    gradient  my shard of that sum, over micro-batches
+    """
+
+    compute: torch.dtype
+    master: torch.dtype
+    collect: torch.dtype
+    reduce: torch.dtype
+    gradient: torch.dtype
 
 
 class ShardedUnit:
     """The parameters of one module; `masters` are what the optimizer updates.
 
+    stage       its column of the table
     layout      where each parameter lies, in the order of its groups
     gradient    my shard of the summed gradient, (S,), gradient dtype; None before the first reduce of a step
     masters     for each parameter group that reaches into my shard, a view of it, fp32 (fp64 for fp64)
+    moved       bytes that went from or to the place where offloaded states live
     """
 
     def __init__(
@@ -40,38 +62,40 @@ class ShardedUnit:
         parameters: Sequence[Mapping[str, nn.Parameter]],
         group: Group,
         *,
-        compute: torch.dtype,
-        master: torch.dtype,
-        gradient: torch.dtype,
-        whole: bool,
-        released: bool,
+        stage: int,
+        dtypes: Dtypes,
+        states_on: torch.device | None = None,
+        shard_on: torch.device | None = None,
         on_read: Callable[["ShardedUnit"], bool] = lambda unit: False,
     ) -> None:
         """Copy the parameters into a flat buffer; from now on each is a view of it.
 
         parameters  one mapping per parameter group, all frozen or all trainable; may be empty
-        compute, master, gradient   dtypes of the buffer, of the masters and of the gradient shard
-        whole       stage 0: every rank updates everything
-        released    stage 3: between uses only my shard exists
+        states_on   where masters and moments live when they are offloaded; None: with the parameters
+        shard_on    where a released unit's shard lives when it is offloaded; None: with the parameters
         on_read     called when somebody reads a released parameter: unshards the unit, or returns False to refuse
-        Holds       P (or, released, S) in compute dtype, S masters where their dtype is another
+        Holds       P (or, at stage 3, S) in compute dtype, S masters where their dtype or place is another
         """
         self.parameters = {name: p for of_group in parameters for name, p in of_group.items()}
-        self.group, self.whole = group, whole
-        self.gradient_dtype = gradient
+        self.group, self.stage, self.dtypes = group, stage, dtypes
+        self.whole = stage == 0  # every rank updates everything
         self.trainable = any(p.requires_grad for p in self.parameters.values())
-        self.part = 0 if whole else group.rank
-        self.layout = FlatLayout.of(self.parameters, 1 if whole else group.size)
+        self.part = 0 if self.whole else group.rank
+        self.layout = FlatLayout.of(self.parameters, 1 if self.whole else group.size)
+        self.moved = 0
         device = next(iter(self.parameters.values())).device
-        exact = torch.empty(self.layout.size, dtype=master, device=device)
+        exact = torch.empty(self.layout.size, dtype=dtypes.master, device=device)
         self.layout.flatten(self.parameters, out=exact)
-        self.flat = exact.to(compute)  # the same tensor where the dtypes agree
+        self.flat = exact.to(dtypes.compute)  # the same tensor where the dtypes agree
+        self._storage = self.flat.untyped_storage()
         mine = self.layout.shard(self.flat, self.part)
-        self.shard = mine.clone() if released else mine
-        if not self.trainable or compute == master:
+        self.has_shard_away = stage == 3 and shard_on is not None
+        self.has_states_away = self.trainable and states_on is not None
+        self.shard = mine.to(shard_on or device, copy=True) if stage == 3 else mine
+        if not self.trainable or (dtypes.compute == dtypes.master and not self.has_states_away):
             self.master = self.shard
         else:
-            self.master = self.layout.shard(exact, self.part).clone()
+            self.master = self.layout.shard(exact, self.part).to(states_on or device, copy=True)
         windows = [self.layout.in_shard(self.layout.span(list(of_group)), self.part) for of_group in parameters]
         self.windows = [(index, window) for index, window in enumerate(windows) if window.size]
         if not self.trainable:
@@ -80,10 +104,22 @@ class ShardedUnit:
         self.full: Tensor | None = None  # gradients of all parameters, not yet summed over ranks
         self.gradient: Tensor | None = None
         self.is_released = False
+        self._gathering: Work | None = None
+        self._reducing: tuple[Work, Tensor, Tensor] | None = None  # the call, what it reads, what it writes
         self._absent = _absent_class({id(p): name for name, p in self.parameters.items()}, partial(on_read, self))
         self._point_into_buffer()
         # autograd's node of each parameter remembers the shape that it saw first: make it see the whole one, and stay
         self._nodes = [p.view_as(p).grad_fn for p in self.parameters.values() if p.requires_grad]
+
+    def at(self, moment: str) -> None:
+        """Do what the table says for my stage."""
+        verb = TABLE[moment][self.stage]
+        if verb == "unshard":
+            self.unshard()
+        elif verb == "reshard":
+            self.reshard()
+        elif verb == "reduce" and self.trainable:
+            self.reduce()
 
     @property
     def has_gradients(self) -> bool:
@@ -96,82 +132,120 @@ class ShardedUnit:
         """Elements of all parameters, padding left out."""
         return self.layout.total
 
-    def unshard(self) -> None:
-        """Make every parameter whole on this rank.
+    def start_unshard(self) -> None:
+        """Ask for every parameter, and do not wait: nobody may read one before `unshard` returns.
 
         Sends  S (N - 1) elements per rank (all-gather)
         """
+        if self._gathering is not None or self.whole or (self.stage == 3 and not self.is_released):
+            return
         with _plainly():
             if self.is_released:
-                self.flat.untyped_storage().resize_(self.layout.size * self.flat.element_size())
-                self.layout.shard(self.flat, self.part).copy_(self.shard)
-            if not self.whole:
-                self.group.all_gather(self.flat, self.layout.shard(self.flat, self.part)).wait()
-            if self.is_released:
-                self.is_released = False
+                self._storage.resize_(self.layout.size * self.flat.element_size())
+                self.flat = self.flat.new_empty(0).set_(self._storage, 0, (self.layout.size,), (1,))
+                self._move(self.shard, self.layout.shard(self.flat, self.part), self.has_shard_away)
+            mine = self.layout.shard(self.flat, self.part)
+            self._gathering = self.group.all_gather(self.flat, mine)
+
+    def unshard(self) -> None:
+        """Make every parameter whole on this rank."""
+        self.start_unshard()
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+        if self.is_released:
+            self.is_released = False
+            with _plainly():
                 self._point_into_buffer()
 
     def reshard(self) -> None:
         """Free the buffer but my shard. Who reads a parameter now is told its name, and never reads freed memory."""
-        if self.is_released:
+        if self._gathering is not None:  # asked for, and not needed in the end
+            self._gathering.wait()
+            self._gathering = None
+        elif self.is_released:
             return
         with _plainly():
             for p in self.parameters.values():
                 p.data = p.data.new_empty(0)
                 p.__class__ = self._absent
-            # the storage shrinks and the tensor objects stay: what autograd saved of them is whole again after unshard
-            self.flat.untyped_storage().resize_(0)
+            # the storage shrinks and stays: what autograd saved of it is whole again after unshard. No tensor of ours
+            # is left on it, for to read one, even to print it, would kill the process
+            self._storage.resize_(0)
+            self.flat = self.flat.new_empty(0)
         self.is_released = True
 
-    def collect(self, dtype: torch.dtype) -> None:
-        """Move p.grad of every parameter into one buffer of `dtype`, adding; None counts as zero.
+    def collect(self) -> None:
+        """Move p.grad of every parameter into one buffer, adding; None counts as zero.
 
         Reads   p.grad, (shape of p), compute dtype; afterwards None
-        Writes  full, (P,)
+        Writes  full, (P,), collect dtype
         Raises  UserError if a gradient has another shape than its parameter
         """
         with _plainly():
+            fresh = self.full is None
             if self.full is None:
-                self.full = torch.zeros(self.layout.size, dtype=dtype, device=self.flat.device)
+                self.full = torch.empty(self.layout.size, dtype=self.dtypes.collect, device=self.flat.device)
+                self.full[self.layout.total :].zero_()
+            views, gradients = [], []
             for (name, p), view in zip(self.parameters.items(), self.layout.views(self.full).values()):
                 if p.grad is None:
+                    view.zero_() if fresh else None
                     continue
                 if p.grad.shape != view.shape:
                     what = f"the gradient of {name} is {tuple(p.grad.shape)}, the parameter {tuple(view.shape)}"
                     raise UserError(what, fix="a gradient of the parameter's shape")
-                view += p.grad
+                views.append(view)
+                gradients.append(p.grad)
                 p.grad = None
+            if views:
+                (torch._foreach_copy_ if fresh else torch._foreach_add_)(views, gradients)
 
-    def reduce(self, dtype: torch.dtype) -> None:
-        """Sum the collected gradients over the group, keep only my shard, free the rest. Additive: call it again.
+    def reduce(self) -> None:
+        """Start to sum the collected gradients over the group; `settle` keeps my shard and frees the rest.
 
-        Reads   full, (P,), which is then freed; None counts as zeros of `dtype`
-        Writes  gradient += my part of the sum, (S,), gradient dtype
-        Sends   S (N - 1) elements per rank (reduce-scatter); at stage 0 an all-reduce
+        Reads  full, (P,); None counts as zeros. Additive: call it again
+        Sends  S (N - 1) elements per rank (reduce-scatter); at stage 0 an all-reduce
 
         ZeRO, Rajbhandari et al. 2020, section 5.2.
         """
-        self.collect(dtype)
+        self.settle()
+        self.collect()
         assert self.full is not None
         with _plainly():
-            if self.whole:
-                self.group.all_reduce(self.full).wait()
-                mine = self.full
-            else:
-                mine = self.full.new_empty(self.layout.shard_size)
-                self.group.reduce_scatter(mine, self.full).wait()
+            sent = self.full.to(self.dtypes.reduce)
             self.full = None
-            mine = mine.to(self.gradient_dtype)
+            if self.whole:
+                self._reducing = self.group.all_reduce(sent), sent, sent
+            else:
+                mine = sent.new_empty(self.layout.shard_size)
+                self._reducing = self.group.reduce_scatter(mine, sent), sent, mine
+
+    def settle(self) -> None:
+        """Wait for the sum that `reduce` started, and add my shard of it up.
+
+        Writes  gradient += my part of the sum, (S,), gradient dtype
+        """
+        if self._reducing is None:
+            return
+        work, _, mine = self._reducing
+        work.wait()
+        self._reducing = None
+        with _plainly():
+            mine = mine.to(self.dtypes.gradient)
             self.gradient = mine if self.gradient is None else self.gradient.add_(mine)
 
     def give_gradients(self, factor: float) -> None:
-        """Set the masters' gradients: views of my shard times `factor`, in the masters' dtype."""
+        """Set the masters' gradients: views of my shard times `factor`, in the masters' dtype, where they live."""
         if self.gradient is None:
             return
-        self.gradient.mul_(factor)
-        wide = self.gradient.to(self.master.dtype)
+        self.moved += self.gradient.nbytes * self.has_states_away
+        wide = self.gradient.to(self.master.device).to(self.master.dtype)
+        if factor != 1.0:
+            wide.mul_(factor)  # in the masters' dtype: a small gradient times a small factor is no fp16 number
         for (_, window), master in zip(self.windows, self.masters):
             master.grad = wide[slice(*window)]
+        self.gradient = None
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -180,7 +254,12 @@ class ShardedUnit:
         for master in self.masters:
             master.grad = None
         if self.master is not self.shard:
-            self.shard.copy_(self.master)
+            self._move(self.master, self.shard, self.has_states_away)
+
+    def _move(self, source: Tensor, target: Tensor, is_away: bool) -> None:
+        """Copy, counting what crosses between an offloaded state's home and the device."""
+        target.copy_(source)
+        self.moved += target.nbytes * is_away
 
     def _point_into_buffer(self) -> None:
         """Let each parameter be its view of the flat buffer."""
@@ -196,12 +275,21 @@ def _plainly() -> Iterator[None]:
         yield
 
 
+# what may be asked of a released parameter: its elements have no part in it
+_HARMLESS: set[Any] = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.__hash__}
+for _name in ("requires_grad", "dtype", "device", "is_leaf", "layout", "grad"):
+    _HARMLESS |= {getattr(Tensor, _name).__get__, getattr(Tensor, _name).__set__}
+
+
 def _absent_class(names: Mapping[int, str], on_read: Callable[[], bool]) -> type[nn.Parameter]:
     """Make the class that parameters have while they are released: reading one unshards its unit, or raises."""
 
     class Absent(nn.Parameter):
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in _HARMLESS:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **(kwargs or {}))
             if not on_read():
                 name = next((names[id(one)] for one in args if id(one) in names), next(iter(names.values())))
                 raise UserError(

@@ -20,7 +20,9 @@ from minispeed.optim import AdamW, constant, decay_groups
 from minispeed.precision import Precision
 from minispeed.testing.models import small_configs
 from minispeed.testing.odd import OddConfig, OddModel
+from minispeed.zero.sharded import Offload
 
+CPU = torch.device("cpu")
 STEPS = 3
 LR = 1e-3
 
@@ -47,6 +49,11 @@ class Case:
     share: float
     empty: bool
     seed: int
+    bucket: int | None
+    overlap: bool
+    prefetch: int
+    persistence: int
+    offload: tuple[bool, bool]
 
 
 @st.composite
@@ -65,6 +72,11 @@ def cases(draw: st.DrawFn) -> Case:
         share=draw(st.floats(0, 1)),
         empty=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
+        bucket=draw(st.sampled_from([None, 1, 7, 100, 10**6])),
+        overlap=draw(st.booleans()),
+        prefetch=draw(st.sampled_from([0, 1, 50, 10**6])),
+        persistence=draw(st.sampled_from([0, 10, 10**6])),
+        offload=draw(st.tuples(st.booleans(), st.booleans())),
     )
 
 
@@ -136,6 +148,11 @@ def sharded(case: Case, group: Group) -> tuple[list[Report], dict[str, torch.Ten
         clip=case.clip,
         optimizer=OPTIMIZERS[case.optimizer],
         units=units(case, model),
+        bucket=case.bucket,
+        overlap=case.overlap,
+        prefetch=case.prefetch,
+        persistence=case.persistence,
+        offload=Offload(states=CPU if case.offload[0] else None, parameters=CPU if case.offload[1] else None),
     )
     reports = []
     for step in range(STEPS):

@@ -9,6 +9,7 @@ from .words import NAMES
 
 _BETWEEN = (memory.name_capital, memory.name_symbol, memory.small_talk)
 
+_DOGS = "Bandit Biscuit Buddy Cookie Daisy Fluffy Ginger Lucky Max Patch Pepper Rex Rusty Shadow Spot Toby".split()
 _COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black", "pink", "brown")
 _GREETINGS = ("Hi, I am {name}.", "My name is {name}.", "Hello, my name is {name}.", "I am {name}.")
 
@@ -42,23 +43,22 @@ _MORE = (
 
 
 def remember(rng: random.Random, held_out: bool) -> Texts:
-    """Told a name and one thing more, asked for one of them, sometimes after something else was talked about."""
+    """Told a name and one thing more, asked for one or for both, sometimes after something else was talked about."""
     values, more = draw(rng, held_out, _told, lambda told: f"told {sorted(told[0].items())} {told[1].said}")
-    wanted = rng.choice((_NAME, more))
+    asked = rng.sample((_NAME, more), rng.choice((1, 2)))
     told = f"{word_it(rng, _GREETINGS, **values)} {more.said.format(**values)}"
     between = rng.choice(_BETWEEN)(rng, held_out) if rng.random() < 0.3 else ()
     return (
         told,
         "Nice to meet you, {name}.".format(**values),
         *between,
-        rng.choice(wanted.asked),
-        wanted.answer.format(**values),
+        *(text for each in asked for text in (rng.choice(each.asked), each.answer.format(**values))),
     )
 
 
 def _told(rng: random.Random) -> tuple[dict[str, str], _Told]:
     """Draw what somebody tells: a name and one thing more."""
-    name, dog = rng.sample(NAMES, 2)
+    name = rng.choice(NAMES)
     more = rng.choice(_MORE)
-    offered = dict(dog=dog, number=str(rng.randrange(10, 100)), color=rng.choice(_COLORS))
+    offered = dict(dog=rng.choice(_DOGS), number=str(rng.randrange(10, 100)), color=rng.choice(_COLORS))
     return {"name": name, **{key: value for key, value in offered.items() if f"{{{key}}}" in more.said}}, more
