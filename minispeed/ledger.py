@@ -1,0 +1,76 @@
+"""Say in closed form what a run holds and sends; a run that is counted must agree, to the byte.
+
+The ZeRO paper's table is the same for every model because it knows only P, the number of parameters:
+
+    bytes held by a rank, 16-bit + Adam     stage 0   stage 1          stage 2          stage 3
+    gradients in 16 bits (the paper)        16 P      4 P + 12 P/N     2 P + 14 P/N     16 P/N
+    gradients in fp32                       18 P      6 P + 12 P/N     2 P + 16 P/N     18 P/N
+
+A real buffer is padded until N divides it: `held` and `sent` count that in, from the sizes of the units.
+
+ZeRO, Rajbhandari et al. 2020, sections 3.1, 5 and 7. https://arxiv.org/abs/1910.02054
+Letters: N ranks, P parameters, S elements of a unit's shard, g micro-batches of a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minispeed.zero.unit import Dtypes
+
+ADAM_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on one rank, temporary ones left out: what is there from one unit's backward to the next."""
+
+    parameters: int
+    gradients: int
+    optimizer: int  # masters, where they are not the parameters themselves, and moments
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def held(units: Sequence[int], *, ranks: int, stage: int, dtypes: Dtypes, moments: int = ADAM_MOMENTS) -> Held:
+    """Return what a rank holds of trainable units of these many elements, padding included.
+
+    Padding has no moments: a rank whose shards end in padding holds that much less of them.
+    ZeRO, section 3.1 for the categories, 5.1 to 5.3 for the stages.
+    """
+    whole = sum(units) if stage == 0 else sum(ranks * shard_size(unit, ranks) for unit in units)
+    mine = sum(units) if stage == 0 else sum(shard_size(unit, ranks) for unit in units)
+    has_masters = dtypes.master != dtypes.compute
+    return Held(
+        parameters=(mine if stage == 3 else whole) * dtypes.compute.itemsize,
+        gradients=whole * dtypes.collect.itemsize if stage == 1 else mine * dtypes.gradient.itemsize,
+        optimizer=mine * (has_masters + moments) * dtypes.master.itemsize,
+    )
+
+
+def sent(units: Sequence[int], *, ranks: int, stage: int, micro: int = 1) -> float:
+    """Return the elements that a rank sends in a step of `micro` micro-batches, on average over the ranks.
+
+    In units of P (N - 1)/N: 2, 2, g + 1 and 3 g. Each unit is used once in a forward; nothing stays whole at stage 3.
+
+    ZeRO, section 7: stages 1 and 2 send what data parallelism does, stage 3 half as much again.
+    """
+    times = {0: 2, 1: 2, 2: micro + 1, 3: 3 * micro}[stage]
+    padded = [unit if stage == 0 else ranks * shard_size(unit, ranks) for unit in units]
+    return times * sum(padded) * (ranks - 1) / ranks
+
+
+def paper_bytes(parameters: int, *, ranks: int, stage: int, gradient_bytes: int = 2) -> float:
+    """Return the paper's figure for 16-bit parameters and Adam with fp32 masters, nothing padded.
+
+    ZeRO, figure 1 and section 3.1: 2 bytes of parameter, 2 of gradient, 12 of optimizer states.
+    """
+    cut = {0: (1, 1, 1), 1: (1, 1, ranks), 2: (1, ranks, ranks), 3: (ranks, ranks, ranks)}[stage]
+    return sum(parameters * size / by for size, by in zip((2, gradient_bytes, 12), cut))
+
+
+def shard_size(elements: int, ranks: int) -> int:
+    """Return S: an equal part for each rank, rounded up."""
+    return -(-elements // ranks)

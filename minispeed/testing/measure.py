@@ -1,0 +1,47 @@
+"""Measure what a rank holds while it trains, to be compared with the ledger's closed forms."""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from minispeed.engine import MOMENTS, Engine
+from minispeed.ledger import Held
+
+
+def measure_held(engine: Engine, step: Callable[[], object]) -> Held:
+    """Run a step, which is not the first; return the bytes of the storages in which the units keep their things.
+
+    Gradients are counted after every unit's backward. Those that stages 2 and 3 hold whole are on their way to being
+    reduced and left out, as the ledger says.
+    """
+    units, most = engine.sharded.units, 0
+
+    def counting(verb: Callable[[], None]) -> Callable[[], None]:
+        def counted() -> None:
+            nonlocal most
+            verb()
+            kept = [unit.gradient for unit in units]
+            kept += [unit.full for unit in units] if engine.sharded.stage < 2 else []
+            most = max(most, storage_bytes(kept))
+
+        return counted
+
+    verbs = [(unit.collect, unit.settle) for unit in units]
+    for unit, (collect, settle) in zip(units, verbs):
+        unit.collect, unit.settle = counting(collect), counting(settle)  # type: ignore[method-assign]
+    try:
+        step()
+    finally:
+        for unit, (collect, settle) in zip(units, verbs):
+            unit.collect, unit.settle = collect, settle  # type: ignore[method-assign]
+    parameters = storage_bytes(tensor for unit in units for tensor in (unit.flat, unit.shard))
+    are_apart = engine.precision.master != engine.precision.compute
+    states = engine.optimizer.state.values() if engine.optimizer else ()
+    optimizer = [state[moment] for state in states for moment in MOMENTS]
+    return Held(parameters, most, storage_bytes([*optimizer, *(unit.master for unit in units if are_apart)]))
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Return the bytes of the storages under these tensors, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
