@@ -1,6 +1,7 @@
 # make demo          set up, then train a small model, score it and talk to it
 # make test          set up, then style, types, import floors and tests
 # make lattice       only the tests that draw their inputs, with many draws
+# make gpu           the tests that need a GPU, then what a step costs on it
 # make options       write docs/options.md anew from the code
 # make clean         remove the environment and what tools have cached
 #
@@ -9,7 +10,7 @@
 # N=50               draws per drawn test       ARGS="..."   further words for the demo, or for pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lattice options clean runtime developer
+.PHONY: help demo test lattice gpu options clean runtime developer
 VENV ?= .venv
 N ?= 50
 ARGS ?=
@@ -36,6 +37,13 @@ test: developer
 N_LATTICE := $(if $(filter command line environment,$(origin N)),$(N),1000)
 lattice: developer
 	$(RUN) -m pytest -m hypothesis --timeout 0 --examples $(N_LATTICE) $(ARGS)
+
+gpu: developer
+	@if $(RUN) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(RUN) -m pytest -m gpu --examples $(N) $(ARGS) && $(RUN) benchmarks/gpu_step.py; \
+	else \
+		echo "minispeed: torch sees no GPU here, so there is nothing for make gpu to test or to measure."; \
+	fi
 
 options: runtime
 	$(RUN) -m minispeed --options > docs/options.md.new

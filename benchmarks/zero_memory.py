@@ -21,9 +21,9 @@ from minispeed.engine import Engine, MicroBatch
 from minispeed.ledger import Held, paper_bytes
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
-from minispeed.optim import constant
 from minispeed.precision import DTYPES, Precision
 from minispeed.scaler import LossScaler
+from minispeed.schedules import constant
 from minispeed.testing.measure import measure_held
 
 CONFIG = preset("nano", vocab_size=512, num_layers=4, model_dim=64, num_heads=4, num_kv_heads=4, head_dim=16)

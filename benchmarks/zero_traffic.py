@@ -21,8 +21,8 @@ from minispeed.collective.trace import Trace, Traced
 from minispeed.engine import Engine, MicroBatch
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
-from minispeed.optim import constant
 from minispeed.precision import Precision
+from minispeed.schedules import constant
 
 SHAPE = dict(num_heads=4, num_kv_heads=4, head_dim=16, hidden_dim=128, tied=False)
 CONFIG = preset("nano", vocab_size=512, num_layers=4, model_dim=64, **SHAPE)

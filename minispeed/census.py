@@ -49,6 +49,8 @@ class Census(TorchDispatchMode):
         return total
 
     def _remember(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._weak or self._weak[storage._cdata].expired():
             self._weak[storage._cdata] = StorageWeakRef(storage)

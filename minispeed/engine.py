@@ -24,9 +24,11 @@ from minispeed.collective.group import Group, SoloGroup
 from minispeed.errors import UserError
 from minispeed.layout import Interval
 from minispeed.model.loss import IGNORED
-from minispeed.optim import AdamW, Schedule, decay_groups
+from minispeed.optim import AdamW, check_elementwise, decay_groups
 from minispeed.precision import Precision
 from minispeed.scaler import LossScaler
+from minispeed.schedules import OneCycle, Schedule
+from minispeed.zero.absent import owner_of
 from minispeed.zero.sharded import Offload, ShardedModel
 from minispeed.zero.unit import Dtypes, ShardedUnit
 
@@ -48,6 +50,10 @@ class MicroBatch(NamedTuple):
     positions: Tensor
     documents: Tensor
     tasks: Tensor
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the same rows on another device."""
+        return MicroBatch(*(field.to(device, non_blocking=device.type == "cuda") for field in self))
 
     @property
     def num_supervised(self) -> int:
@@ -122,9 +128,10 @@ class Engine:
         self.schedule, self.lr, self.clip = schedule, lr, clip
         self.step = self.num_updates = 0  # a skipped step is no update
         self.model, self.precision, self.scaler = model, precision, scaler or LossScaler.static(1.0)
+        self.device = next(model.parameters()).device
         check_equal_models(model, self.group)
-        for tensor in [*model.parameters(), *model.buffers()]:
-            self.group.broadcast(tensor.detach(), 0).wait()
+        for tensor in [*(p for p in model.parameters() if owner_of(p) is None), *model.buffers()]:
+            self.group.broadcast(tensor.detach(), 0).wait()  # who has an owner was born with equal values
         groups = decay_groups(model, weight_decay)
         accumulate = precision.accumulate or precision.master
         dtypes = Dtypes(
@@ -156,14 +163,20 @@ class Engine:
         made = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups if g["params"]]
         # a rank may own nothing at all: fewer elements than ranks
         make = optimizer or (lambda groups: AdamW(groups, lr=lr, betas=betas))
-        self.optimizer = make(made) if made else None
+        try:
+            self.optimizer = make(made) if made else None
+        except ValueError as error:
+            how = "each a whole tensor" if zero == 0 else f"at ZeRO stage {zero} flat shards of many"
+            raise UserError(f"the optimizer refuses the parameters, {how}: {error}", fix="zero=0, or AdamW") from error
+        if self.optimizer is not None:
+            check_elementwise(self.optimizer, zero)
 
     def _masters_by_group(self, count: int) -> Iterator[list[nn.Parameter]]:
         for index in range(count):
             yield [
                 master
                 for unit in self.sharded.units
-                for (of_group, _), master in zip(unit.windows, unit.masters)
+                for (of_group, _, _), master in zip(unit.windows, unit.masters)
                 if of_group == index
             ]
 
@@ -219,11 +232,12 @@ class Engine:
         """Leave this step's gradients, times the loss scale, in the units; return this rank's summed loss."""
         total = 0.0
         for index, micro in enumerate(micro_batches):
+            here = micro.to(self.device)
             with self.sharded.running():
-                losses = self.model(micro.tokens, micro.labels, positions=micro.positions, documents=micro.documents)
+                losses = self.model(here.tokens, here.labels, positions=here.positions, documents=here.documents)
                 loss = losses.sum() * (self.scaler.scale / max(1, num_supervised))
             self.sharded.backward(loss, last=index == len(micro_batches) - 1)
-            observe(micro, losses.detach())
+            observe(here, losses.detach())
             total += losses.detach().sum().item()
         return total
 
@@ -291,6 +305,8 @@ class Engine:
         coefficient = self.clip / norm if self.clip and norm > self.clip else 1.0
         for group in self.optimizer.param_groups if self.optimizer else ():
             group["lr"] = rate
+            if isinstance(self.schedule, OneCycle) and (momentum := self.schedule.momentum(self.step)) is not None:
+                group.update({"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum})
         for unit in self.sharded.units:
             # unit by unit, so that gradients in the masters' dtype exist for one unit at a time
             unit.give_gradients(coefficient / self.scaler.scale)
@@ -323,11 +339,11 @@ class Engine:
     def _held(self, unit: ShardedUnit) -> Iterator[tuple[str, Interval, Tensor]]:
         """Yield kind, window in the shard and elements of all that is kept of a unit's shard over a step."""
         yield "parameters", Interval(0, unit.layout.shard_size), unit.master
-        for (_, window), master in zip(unit.windows, unit.masters):
+        for (_, window, _), master in zip(unit.windows, unit.masters):
             state = {} if self.optimizer is None else self.optimizer.state.get(master, {})
             for moment in MOMENTS:
                 if moment in state:
-                    yield moment, window, state[moment]
+                    yield moment, window, state[moment].view(-1)
 
     @torch.no_grad()
     def load(self, read: Callable[[str, Interval], Tensor | None], *, step: int, num_updates: int) -> None:
@@ -340,7 +356,7 @@ class Engine:
             for master in unit.masters if num_updates else ():
                 state: dict[str, Any] = {moment: torch.zeros_like(master) for moment in MOMENTS}
                 assert self.optimizer is not None
-                self.optimizer.state[master] = {"step": torch.tensor(float(num_updates)), **state}
+                self.optimizer.state[master] = {"step": torch.tensor(float(num_updates), device=master.device), **state}
         for name, _, elements, tensor, _ in self.pieces():
             found = read(name, elements)
             if found is None:

@@ -1,29 +1,145 @@
-"""Move the weights: AdamW of our own, which parameters decay, and how the learning rate goes.
+"""Move the weights: AdamW, Adam and SGD of our own, which parameters decay, and which optimizers a shard allows.
 
-    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        (both start at 0, so both are divided by 1 - b^t)
-    w = w - lr decay w - lr m^ / (sqrt(v^) + eps)
+    AdamW    m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      (both start at 0, so both are divided by 1 - b^t)
+             w = w - lr decay w - lr m^ / (sqrt(v^) + eps)
+    Adam     the same with g + decay w in place of g, and no other decay
+    SGD      g = g + decay w            m = mu m + g                 w = w - lr m, or with Nesterov w - lr (g + mu m)
 
-The decay acts on the weights directly and not through the gradient: Loshchilov & Hutter 2017, algorithm 2
-(https://arxiv.org/abs/1711.05101); the moments are Adam's, Kingma & Ba 2014 (https://arxiv.org/abs/1412.6980). The
-loop here and torch's fused kernel compute the same; the kernel reads each number once and is used where it exists.
+AdamW's decay acts on the weights directly and not through the gradient: Loshchilov & Hutter 2017, algorithm 2
+(https://arxiv.org/abs/1711.05101); the moments are Adam's, Kingma & Ba 2014 (https://arxiv.org/abs/1412.6980). Both
+kinds of momentum: Sutskever et al. 2013, section 2 (https://proceedings.mlr.press/v28/sutskever13.html), in torch's
+form. The loops here and torch's fused kernels compute the same; a kernel reads each number once and is used where it
+exists.
 """
 
-import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from minispeed.errors import UserError
 
+_FLAT = "and from ZeRO stage 1 on a rank holds flat pieces of them"
+# torch's optimizers that are not element-wise: the lowest stage that refuses each, and why
+NOT_ELEMENTWISE = {
+    "Muon": (1, f"looks at whole matrices, {_FLAT}"),
+    "Adafactor": (1, f"looks at rows and columns of whole matrices, {_FLAT}"),
+    "LBFGS": (0, "looks at all parameters at once and calls a closure, and a step's gradients are computed once"),
+    "SparseAdam": (0, "needs sparse gradients, and the engine's are dense"),
+}
 
-class AdamW(torch.optim.Optimizer):
-    """AdamW over any parameters: whole tensors, or one rank's flat shards of them.
+
+class _Elementwise(torch.optim.Optimizer):
+    """What ours share: they walk over any parameters, whole tensors or one rank's flat shards of them."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Reads   p.grad, (shape of p)
+        Writes  p, and what is held of it
+        """
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = self._start(p, group)
+            (self._fused_update if group["fused"] else self._update)(params, group)
+        return loss
+
+    @abstractmethod
+    def _start(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what is held of a parameter before its first update."""
+
+    @abstractmethod
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Move parameters in a loop, line by line as the formulas above."""
+
+    @abstractmethod
+    def _fused_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Move them by torch's kernel."""
+
+
+class Adam(_Elementwise):
+    """Adam; the decay is added to the gradient.
 
     Holds  two moments per element, in the parameter's dtype, and a step count per parameter
     """
+
+    decoupled = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        fused: bool = True,
+    ) -> None:
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(
+                f"{type(self).__name__} got lr {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}",
+                fix="none negative, and betas below 1",
+            )
+        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
+        super().__init__(params, defaults)
+
+    def _start(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        lr, decay, (beta1, beta2) = group["lr"], group["weight_decay"], group["betas"]
+        for p in params:
+            assert p.grad is not None
+            state = self.state[p]
+            state["step"] += 1
+            m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"].item()
+            gradient = p.grad if self.decoupled else p.grad.add(p, alpha=decay)
+            if self.decoupled:
+                p.mul_(1 - lr * decay)
+            m.lerp_(gradient, 1 - beta1)
+            v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            root = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+            p.addcdiv_(m, root, value=-lr / (1 - beta1**t))
+
+    def _fused_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in params]
+        beta1, beta2 = group["betas"]
+        adam(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            decoupled_weight_decay=self.decoupled,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+class AdamW(Adam):
+    """Adam with the decay on the weights themselves."""
+
+    decoupled = True
 
     def __init__(
         self,
@@ -35,63 +151,72 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         fused: bool = True,
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise UserError(
-                f"AdamW got lr {lr}, betas {betas}, eps {eps}, weight_decay {weight_decay}",
-                fix="none negative, and betas below 1",
-            )
-        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+class SGD(_Elementwise):
+    """Gradient descent with momentum; the decay is added to the gradient.
+
+    Holds  one number per element, in the parameter's dtype, with momentum; nothing without
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        fused: bool = True,
+    ) -> None:
+        if lr < 0 or momentum < 0 or weight_decay < 0:
+            raise UserError(f"SGD got lr {lr}, momentum {momentum}, weight_decay {weight_decay}", fix="none negative")
+        if nesterov and not momentum:
+            raise UserError("SGD got nesterov and no momentum", fix="momentum=0.9")
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused)
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
-
-        Reads   p.grad, (shape of p)
-        Writes  p, and its two moments
-        """
-        loss = None if closure is None else closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            (self._fused_update if group["fused"] else self._update)(params, group)
-        return loss
+    def _start(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        lr, (beta1, beta2) = group["lr"], group["betas"]
+        momentum = group["momentum"]
         for p in params:
             assert p.grad is not None
-            state = self.state[p]
-            state["step"] += 1
-            m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"].item()
-            p.mul_(1 - lr * group["weight_decay"])
-            m.lerp_(p.grad, 1 - beta1)
-            v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-            root = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
-            p.addcdiv_(m, root, value=-lr / (1 - beta1**t))
+            gradient = p.grad.add(p, alpha=group["weight_decay"])
+            if momentum:
+                m = self.state[p]["momentum_buffer"].mul_(momentum).add_(gradient)
+                gradient = gradient.add_(m, alpha=momentum) if group["nesterov"] else m
+            p.add_(gradient, alpha=-group["lr"])
 
     def _fused_update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        adamw(
+        sgd(
             params,
             [p.grad for p in params if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
+            [self.state[p]["momentum_buffer"] for p in params if group["momentum"]],
             fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
+            momentum=group["momentum"],
             weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            nesterov=group["nesterov"],
+            lr=group["lr"],
+            dampening=0.0,
             maximize=False,
         )
+
+
+def check_elementwise(optimizer: torch.optim.Optimizer, stage: int) -> None:
+    """Refuse an optimizer of torch's that would compute something else than it does on whole parameters.
+
+    stage   of ZeRO
+    Raises  UserError with the reason. What is not torch's is taken to be element-wise
+    """
+    for name, (refused_from, reason) in NOT_ELEMENTWISE.items():
+        kind = getattr(torch.optim, name, None)  # not every torch has every one
+        if kind is not None and isinstance(optimizer, kind) and stage >= refused_from:
+            raise UserError(
+                f"{type(optimizer).__name__} {reason}", fix="ZeRO stage 0, or AdamW" if refused_from else "AdamW"
+            )
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -104,37 +229,3 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     vectors = [name for name, p in named if p.dim() < 2]
     groups = [{"names": matrices, "weight_decay": weight_decay}, {"names": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["names"]]
-
-
-Schedule = Callable[[int], float]
-
-
-def constant(step: int) -> float:
-    """Return 1: the rate stays."""
-    return 1.0
-
-
-def warmup_then(shape: str, *, warmup: int, total: int, final: float = 0.0) -> Schedule:
-    """Return the factor on the learning rate at each step: up in a line, then down to `final`.
-
-    shape   "cosine" (Loshchilov & Hutter 2016, equation 5, https://arxiv.org/abs/1608.03983), "linear" or "constant"
-    warmup  steps of the rise; step 0 already has 1 / warmup of the rate
-    total   steps in all; the last one stands one step before `final`
-    """
-    falls: dict[str, Callable[[float], float]] = {
-        "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-        "linear": lambda progress: 1 - progress,
-        "constant": lambda progress: 1.0,
-    }
-    if shape not in falls:
-        raise UserError(f"no learning-rate schedule is called {shape!r}", fix=" or ".join(falls))
-    if warmup < 0 or total < 1:
-        raise UserError(f"a schedule of {total} steps with {warmup} of warm-up", fix="total >= 1, warmup >= 0")
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return final + (1 - final) * falls[shape](progress)
-
-    return factor

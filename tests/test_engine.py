@@ -9,8 +9,8 @@ from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
 from minispeed.model.loss import IGNORED
 from minispeed.model.presets import preset
-from minispeed.optim import constant
 from minispeed.precision import Precision, choose_precision
+from minispeed.schedules import constant
 from minispeed.testing.models import small_configs
 
 

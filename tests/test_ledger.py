@@ -13,8 +13,8 @@ from minispeed.engine import Engine, MicroBatch
 from minispeed.ledger import held, paper_bytes, sent, shard_size
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
-from minispeed.optim import constant
 from minispeed.precision import Precision
+from minispeed.schedules import constant
 from minispeed.testing.measure import measure_held
 from minispeed.testing.pool import shared_pool
 

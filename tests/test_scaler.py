@@ -9,9 +9,9 @@ from minispeed.engine import Engine, MicroBatch
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
-from minispeed.optim import constant
 from minispeed.precision import Precision
 from minispeed.scaler import LossScaler
+from minispeed.schedules import constant
 
 CONFIG = preset("nano", vocab_size=17, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, hidden_dim=8)
 

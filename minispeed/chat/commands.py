@@ -115,6 +115,10 @@ class EvalOptions(Options):
     data: list[Path] = option([], help="files to score on; without any, what the run held out", metavar="FILE")
     score: int = option(100, help="prompts per task that are answered; 0 for all", low=0)
     max_new: int = option(256, help="longest answer", unit="tokens", low=1)
+    temperature: float = option(0.0, help="0 always takes the likeliest token; small models then repeat", low=0)
+    top_k: int = option(0, help="draw from the k likeliest tokens; 0 for all", low=0)
+    top_p: float = option(1.0, help="draw from the likeliest tokens with this probability together", low=0, high=1)
+    seed: int = option(0, help="of the drawing", low=0)
     pattern: str | None = option(None, help="also report the share of answers that this regular expression finds")
     json: bool = option(False, help="print JSON in place of the table")
     threads: int = option(0, help="threads that torch computes with; 0 takes every core", low=0)
@@ -147,7 +151,7 @@ class DemoOptions(Options):
 
     out: Path = option(Path("runs/demo"), help="directory that the run writes to, replaced if it is a demo's")
     model: str = option("tiny", help="a preset")
-    minutes: float = option(4.4, help="time to train for", low=0.05)
+    minutes: float = option(4.2, help="time to train for", low=0.05)
     steps: int | None = option(None, help="updates to make, in place of --minutes", low=1)
     conversations: int = option(60000, help="how many to write for training", low=100)
     score: int = option(50, help="held-out prompts per skill", low=1)
@@ -164,6 +168,17 @@ class DemoOptions(Options):
     seed: int = option(0, help="the same seed gives the same weights, bit for bit", low=0)
     threads: int = option(0, help="threads that torch computes with; 0 takes every core", low=0)
     chat: bool = option(True, help="talk to it at the end, if there is a terminal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(Options):
+    """Say what a bug report needs: versions, devices, dtypes, disk, and how fast processes speak.
+
+    minispeed doctor
+    """
+
+    json: bool = option(False, help="print JSON in place of the text")
+    ranks: int = option(2, help="processes between which bandwidth is measured; 0 skips it", low=0)
 
 
 def sft(options: SftOptions) -> int:
@@ -226,3 +241,9 @@ def demo(options: DemoOptions) -> int:
     from minispeed.chat.demo import demo
 
     return demo(options)
+
+
+def doctor(options: DoctorOptions) -> int:
+    from minispeed.chat.doctor import doctor
+
+    return doctor(options)

@@ -13,6 +13,7 @@ from minispeed.chat.commands import ChatOptions
 from minispeed.chat.conversation import ASSISTANT, SYSTEM, USER, Turn
 from minispeed.chat.run import ChatModel, use_threads
 from minispeed.chat.tokenizer import Stream
+from minispeed.collective.world import best_device
 from minispeed.errors import UserError
 from minispeed.model.generate import Sampling, decode
 
@@ -22,7 +23,7 @@ RESERVE = 16  # positions that are kept free for an answer
 def converse(options: ChatOptions) -> int:
     """Do `minispeed chat`. Returns the exit code."""
     use_threads(options.threads)
-    chat = ChatModel.load(options.run)
+    chat = ChatModel.load(options.run, device=best_device())
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     generator = torch.Generator().manual_seed(options.seed)
     turns = [Turn(SYSTEM, options.system)] if options.system else []

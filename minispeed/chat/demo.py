@@ -31,6 +31,7 @@ from minispeed.chat.skills import (
     train_conversations,
     write_jsonl,
 )
+from minispeed.collective.world import best_device
 from minispeed.errors import UserError
 from minispeed.model.generate import Sampling
 from minispeed.model.gpt import GPT
@@ -55,10 +56,10 @@ def demo(options: DemoOptions) -> int:
     code = sft(training_options(options))
     if code:
         return code
-    chat = ChatModel.load(options.out)
+    chat = ChatModel.load(options.out, device=best_device())
     trained = answer_all(chat, held_out, max_new=LONGEST_ANSWER, progress=True)
     few = [c for index, c in enumerate(held_out) if index % options.score < UNTRAINED_PROMPTS]
-    untrained_model = GPT(chat.model.config, seed=options.seed).to(chat.model.embed.tokens.weight.dtype)
+    untrained_model = GPT(chat.model.config, seed=options.seed).to(chat.model.embed.tokens.weight)
     untrained = answer_all(
         ChatModel(untrained_model, chat.tokenizer, chat.template), few, max_new=LONGEST_ANSWER, progress=True
     )

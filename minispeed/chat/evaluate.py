@@ -24,9 +24,10 @@ from minispeed.chat.read import read
 from minispeed.chat.run import ChatModel, use_threads
 from minispeed.chat.score import Answered, bleu, found_by, has_answer, split_last, summarise_tasks
 from minispeed.collective.group import Group, SoloGroup
+from minispeed.collective.world import best_device
 from minispeed.engine import MicroBatch
 from minispeed.errors import UserError
-from minispeed.model.generate import generate
+from minispeed.model.generate import Sampling, generate
 from minispeed.model.loss import IGNORED
 
 ANSWERS_AT_ONCE = 64
@@ -83,11 +84,12 @@ def measure_loss(
 
     token_bytes  bytes of text that each token stands for, (V,)
     """
-    tasks = packing.documents.tasks
+    tasks, device = packing.documents.tasks, next(model.parameters()).device
     total = [Loss(0.0, 0, 0)] * len(tasks)
     steps = packing.steps_per_epoch(0)
     for step in range(steps if most_steps is None else min(steps, most_steps)):
         for micro in micro_batches(packing.batch(0, step), micro_batch, group):
+            micro = micro.to(device)
             losses = model(micro.tokens, micro.labels, positions=micro.positions, documents=micro.documents)
             for index, loss in enumerate(by_task(micro, losses, token_bytes, len(tasks))):
                 total[index] += loss
@@ -104,6 +106,7 @@ def by_name(losses: Sequence[Loss], tasks: Sequence[str], group: Group | None = 
 
 def by_task(micro: MicroBatch, losses: torch.Tensor, token_bytes: torch.Tensor, num_tasks: int) -> list[Loss]:
     """Add up per-token losses by task.  (B, T) -> one Loss per task"""
+    losses, micro = losses.to("cpu"), micro.to(torch.device("cpu"))
     supervised = micro.labels != IGNORED
     tasks = micro.tasks[supervised]
     nats = torch.zeros(num_tasks, dtype=torch.float64).index_add_(0, tasks, losses[supervised].to(torch.float64))
@@ -125,10 +128,17 @@ def target_counts(documents: Documents, vocab_size: int) -> np.ndarray[Any, Any]
 
 
 def answer_all(
-    chat: ChatModel, conversations: Sequence[Conversation], *, max_new: int, progress: bool = False
+    chat: ChatModel,
+    conversations: Sequence[Conversation],
+    *,
+    max_new: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    progress: bool = False,
 ) -> list[Answered]:
-    """Let the model give the last answer of each conversation, greedily, and put it beside the one wanted.
+    """Let the model give the last answer of each conversation, and put it beside the one wanted.
 
+    sampling  how tokens are chosen, from `seed`; the likeliest when absent
     Prompts of like length share a batch; those too long for the model are left out, those without an answer too.
     """
     prompts = []
@@ -139,11 +149,18 @@ def answer_all(
             prompts.append((ids, conversation, turns[-1].text, wanted))
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index][0]))
     answered: dict[int, Answered] = {}
-    stop = chat.template.stop_id(chat.tokenizer)
+    stop, generator = chat.template.stop_id(chat.tokenizer), torch.Generator().manual_seed(seed)
     bar = tqdm(total=len(order), desc="answer", unit="prompt", disable=None if progress else True, leave=False)
     for start in range(0, len(order), ANSWERS_AT_ONCE):
         chosen = order[start : start + ANSWERS_AT_ONCE]
-        answers = generate(chat.model, [prompts[index][0] for index in chosen], stop=[stop], max_new=max_new)
+        answers = generate(
+            chat.model,
+            [prompts[index][0] for index in chosen],
+            stop=[stop],
+            max_new=max_new,
+            sampling=sampling,
+            generator=generator,
+        )
         for index, answer in zip(chosen, answers):
             _, conversation, asked, wanted = prompts[index]
             text = chat.tokenizer.decode(answer.tokens)
@@ -167,7 +184,7 @@ def first_of_each_task(conversations: Sequence[Conversation], count: int) -> lis
 def evaluate_run(options: EvalOptions) -> int:
     """Do `minispeed eval`: print a table, or JSON, of a run's loss and answers."""
     use_threads(options.threads)
-    chat = ChatModel.load(options.run)
+    chat = ChatModel.load(options.run, device=best_device())
     conversations = list(_conversations(options))
     if not conversations:
         raise UserError("there is nothing to score: no conversation was read", fix="--data FILE")
@@ -175,7 +192,8 @@ def evaluate_run(options: EvalOptions) -> int:
     documents = encode_documents(conversations, chat.tokenizer, chat.template)
     losses = measure_loss(chat.model, Packing(documents, seq=seq, batch=8), bytes_of_tokens(chat), micro_batch=8)
     chosen = first_of_each_task(conversations, options.score)
-    answered = answer_all(chat, chosen, max_new=options.max_new, progress=True)
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    answered = answer_all(chat, chosen, max_new=options.max_new, sampling=sampling, seed=options.seed, progress=True)
     figures = figures_of(losses, answered)
     if options.pattern is not None:
         figures["pattern"] = {"pattern": options.pattern, "found": found_by(options.pattern, answered)}

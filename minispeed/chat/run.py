@@ -48,8 +48,10 @@ class ChatModel:
         checkpoint.write_whole(directory / WEIGHTS, lambda path: save_file(weights, path))
 
     @classmethod
-    def load(cls, directory: Path, *, attention: str = "fused") -> "ChatModel":
-        """Read what `save` wrote, to run with the attention of that name.
+    def load(
+        cls, directory: Path, *, attention: str = "fused", device: torch.device = torch.device("cpu")
+    ) -> "ChatModel":
+        """Read what `save` wrote, to run on a device with the attention of that name.
 
         Raises  UserError naming the file that is missing, damaged or disagrees with the configuration
         """
@@ -70,7 +72,7 @@ class ChatModel:
             if found != tuple(p.shape):
                 raise UserError(f"{directory / WEIGHTS}: {name} should be {tuple(p.shape)}, found {found}")
             p.data.copy_(weights[name])
-        return cls(model.eval(), tokenizer, Template.load(directory / TEMPLATE))
+        return cls(model.to(device).eval(), tokenizer, Template.load(directory / TEMPLATE))
 
     @staticmethod
     def read_config(directory: Path) -> GPTConfig:

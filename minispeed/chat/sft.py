@@ -20,7 +20,7 @@ from minispeed.chat.prepare import Prepared, prepare, report_text
 from minispeed.chat.run import ChatModel, RunDirectory, check_vocabulary, use_threads
 from minispeed.chat.trainer import Trainer, barrier
 from minispeed.collective.group import Group
-from minispeed.collective.launch import launch, under_torchrun
+from minispeed.collective.launch import Backend, launch, under_torchrun
 from minispeed.collective.world import World, current_world
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT, GPTConfig
@@ -31,12 +31,12 @@ from minispeed.precision import DTYPES, Precision, choose_precision
 def sft(options: SftOptions) -> int:
     """Do `minispeed sft`, on as many ranks as asked for or as torchrun has started. Returns the exit code."""
     if under_torchrun():
-        return launch(run_rank, options, ranks=options.ranks if options.ranks > 1 else None, backend="gloo")[0]
+        return launch(run_rank, options, ranks=options.ranks if options.ranks > 1 else None)[0]
     if options.ranks == 1:
         return run_rank(current_world(), options)
     open_model_and_data(recall(options) if options.resume else options)  # what is wrong with them is said here, once
     with interrupts_left_to_ranks():
-        return launch(run_rank, options, ranks=options.ranks, backend="gloo")[0]
+        return launch(run_rank, options, ranks=options.ranks, backend=backend_for(options.ranks))[0]
 
 
 def run_rank(world: World, options: SftOptions) -> int:
@@ -48,6 +48,7 @@ def run_rank(world: World, options: SftOptions) -> int:
     opened = open_model_and_data(options) if group.rank == 0 else None
     barrier(group)  # the others find the data tokenised
     chat, prepared, from_scratch = opened or open_model_and_data(options)
+    chat.model.to(world.device)
     options, choices = fill_in(options, chat.model.config, from_scratch=from_scratch)
     precision = agree_on_precision(options.dtype, group)
     options = replace(options, dtype=precision.name, threads=threads, ranks=group.size)
@@ -67,6 +68,11 @@ def run_rank(world: World, options: SftOptions) -> int:
         run.create(resume=options.resume)
     barrier(group)
     return trainer.train()
+
+
+def backend_for(ranks: int) -> Backend:
+    """Return what ranks of this machine speak: NCCL where each has a GPU."""
+    return "nccl" if torch.cuda.device_count() >= ranks else "gloo"
 
 
 def agree_on_precision(name: str, group: Group) -> Precision:

@@ -37,10 +37,10 @@ from minispeed.collective.group import Group
 from minispeed.engine import Engine, Report
 from minispeed.errors import UserError
 from minispeed.figures import draw_run
-from minispeed.optim import warmup_then
 from minispeed.options import to_json
 from minispeed.precision import choose_precision
 from minispeed.scaler import LossScaler
+from minispeed.schedules import warmup_then
 
 NUM_EVAL_STEPS = 16  # batches of the evaluations while training; the last one reads everything
 FIRST_SAMPLE = 25  # steps; then at every doubling

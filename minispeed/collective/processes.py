@@ -55,7 +55,9 @@ def connect(
     record      a file for this rank's last operations, read by the launcher
     """
     patience = timedelta(seconds=timeout)
-    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=size, timeout=patience)
+    # counts and flags stay on the CPU, where reading them waits for no stream
+    both = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+    dist.init_process_group(both, init_method=rendezvous, rank=rank, world_size=size, timeout=patience)
     return TorchGroup(dist.group.WORLD, FlightRecorder(rank, record), timeout=timeout)
 
 
@@ -68,8 +70,7 @@ class TorchGroup:
         self.members = tuple(dist.get_process_group_ranks(process_group))
         self._group, self._recorder, self._timeout = process_group, recorder, timeout
         self._lane, self._ring_lane = (_Lane(process_group, self.members, tag) for tag in (0, 1))
-        is_gloo = dist.get_backend(process_group) == "gloo"
-        self._rings = ThreadPoolExecutor(1, "rings") if is_gloo and self.size > 1 else None
+        self._rings = ThreadPoolExecutor(1, "rings") if self.size > 1 else None
 
     def all_reduce(self, x: Tensor, op: Op = "sum") -> Work:
         """Replace `x` (n,) by the sum (max, min) of all ranks' `x`."""
@@ -82,7 +83,7 @@ class TorchGroup:
         """Write every rank's `x` (n,) into `out` (N n,), in rank order; `x` may lie at its place in `out`."""
         check_buffers("all_gather", self, x, out)
         text = f"all_gather of {describe(x)}"
-        if self._rings and out.nbytes >= RING_BYTES["all_gather"]:
+        if self._rings and x.device.type == "cpu" and out.nbytes >= RING_BYTES["all_gather"]:
             return self._begin_ring(text, rings.all_gather, _flat(out), _flat(x))
         return self._begin(text, _all_gather, _flat(out), _flat(x))
 
@@ -90,7 +91,8 @@ class TorchGroup:
         """Sum every rank's `x` (N n,) and write part `rank` of the sum into `out` (n,)."""
         check_buffers("reduce_scatter", self, x, out)
         text = f"reduce_scatter of {describe(x)}"
-        if self._rings and (x.nbytes >= RING_BYTES["reduce_scatter"] or x.dtype == torch.bool):
+        is_long = x.nbytes >= RING_BYTES["reduce_scatter"] or x.dtype == torch.bool
+        if self._rings and x.device.type == "cpu" and is_long:
             return self._begin_ring(text, rings.reduce_scatter, _flat(out), _flat(x))
         return self._begin(text, _reduce_scatter, _flat(out), _flat(x))
 

@@ -43,8 +43,13 @@ _this_thread = threading.local()
 
 
 def current_world() -> World:
-    """Return the world that `launch` runs this thread in; outside of it, a world of one rank on the CPU."""
-    return getattr(_this_thread, "world", None) or World(SoloGroup(), torch.device("cpu"))
+    """Return the world that `launch` runs this thread in; outside of it, a world of one rank on the best device."""
+    return getattr(_this_thread, "world", None) or World(SoloGroup(), best_device())
+
+
+def best_device() -> torch.device:
+    """Return the first GPU, or the CPU where there is none."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax(-1)
         kept = self.keep(logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature)
-        return torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
+        place = "cpu" if generator is None else generator.device  # a generator draws where it lives
+        return torch.multinomial(kept.softmax(-1).to(place), 1, generator=generator)[:, 0].to(logits.device)
 
     def keep(self, logits: Tensor) -> Tensor:
         """Return the logits with every token that top-k or top-p leaves out at -inf.  (B, V) -> (B, V)"""

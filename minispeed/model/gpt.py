@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minispeed.errors import UserError, nearest
 from minispeed.model.attention import Mask, implementation
@@ -123,11 +124,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.recomputed: frozenset[str] = frozenset()  # layers whose forward runs again in the backward
         self.embed = Embedding(config)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = make_norm(config, config.model_dim)
         self.head = nn.Linear(config.model_dim, config.vocab_size, bias=False, device="meta")
-        self.to_empty(device="cpu")
         if config.tied:
             self.head.weight = self.embed.tokens.weight
         initialise(self, seed=seed, model_dim=config.model_dim, num_layers=config.num_layers)
@@ -156,8 +157,9 @@ class GPT(nn.Module):
         """
         x = tokens
         rows = self.describe(tokens, positions, documents, cache)
-        for _, layer in self.named_layers():
-            x = layer(x, rows)
+        for name, layer in self.named_layers():
+            again = name in self.recomputed and torch.is_grad_enabled()
+            x = checkpoint(layer, x, rows, use_reentrant=False) if again else layer(x, rows)
         if cache is not None:
             cache.advance(tokens.shape[1], documents)
         return x

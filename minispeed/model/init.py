@@ -27,19 +27,23 @@ def draw(seed: int, name: str, shape: Iterable[int], std: float) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std
 
 
-@torch.no_grad()
 def initialise(model: nn.Module, *, seed: int, model_dim: int, num_layers: int) -> None:
-    """Write the initial value of every parameter, by its name's last parts.
+    """Make every parameter of a model that was built on the meta device, one after the other, by its name's last parts.
 
-    Biases start at 0, gains of norms at 1, matrices at sqrt(2 / 5D), those named `out` or `down` smaller.
+    Biases start at 0, gains of norms at 1, matrices at sqrt(2 / 5D), those named `out` or `down` smaller. A parameter
+    with several homes (a tied head) is made once.
     """
     std = math.sqrt(2 / (5 * model_dim))
-    for name, parameter in model.named_parameters():
-        *_, owner, kind = ["", *name.split(".")]
-        if kind == "bias":
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            shrink = math.sqrt(2 * num_layers) if owner in ("out", "down") else 1.0
-            parameter.copy_(draw(seed, name, parameter.shape, std / shrink))
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for name, p in list(model.named_parameters(remove_duplicate=False)):
+        home, _, kind = name.rpartition(".")
+        if p not in made:
+            shrink = math.sqrt(2 * num_layers) if home.endswith((".out", ".down")) else 1.0
+            made[p] = nn.Parameter(_first_value(seed, name, p.shape, std / shrink))
+        setattr(model.get_submodule(home), kind, made[p])
+
+
+def _first_value(seed: int, name: str, shape: torch.Size, std: float) -> Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    return torch.ones(shape) if len(shape) == 1 else draw(seed, name, shape, std)

@@ -87,6 +87,7 @@ class ShardedModel:
         modules = dict(module.named_modules())
         self._owner: dict[int, ShardedUnit] = {}  # by id of a parameter, and by address of the flat storage
         self._missing: dict[int, set[str]] = {}
+        self._depth: dict[int, int] = {}
         for where, names in division.items():
             frozen = [name for name in names if not parameters[name].requires_grad]
             split = [[name for name in of_group if name in set(names)] for of_group in param_groups]
@@ -111,13 +112,12 @@ class ShardedModel:
         self._order: list[ShardedUnit] = []  # of the first forward
         self._order_is_known = False
         self._waiting: list[ShardedUnit] = []  # not complete yet in this backward, in the order of reduction
-        self._depth = {id(unit): 0 for unit in self.units}
         self._reducing: ShardedUnit | None = None  # the last unit that was reduced, perhaps still on its way
-        self._rest()
 
     def _adopt(self, unit: ShardedUnit, home: nn.Module | None) -> None:
         """Hook a unit's moments to its module and parameters."""
         self.units.append(unit)
+        self._depth[id(unit)] = 0
         self._owner[unit.flat.untyped_storage()._cdata] = unit
         for name, p in unit.parameters.items():
             self._owner[id(p)] = unit
@@ -127,6 +127,7 @@ class ShardedModel:
         if home is not None:
             home.register_forward_pre_hook(lambda module, args: self._enter(unit), prepend=True)
             home.register_forward_hook(lambda module, args, out: self._leave(unit), always_call=True)
+        unit.at("after forward")
 
     # ---- forward
 

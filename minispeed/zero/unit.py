@@ -14,8 +14,7 @@ ZeRO, Rajbhandari et al. 2020, section 5.  https://arxiv.org/abs/1910.02054
 Letters: N ranks, S elements of a shard, P = N S elements of the padded buffer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 
 from minispeed.collective.group import Group, Work
 from minispeed.errors import UserError
-from minispeed.layout import FlatLayout
+from minispeed.layout import FlatLayout, Interval
+from minispeed.zero.absent import classes, owner_of, plainly
 from minispeed.zero.table import TABLE
 
 
@@ -77,6 +77,9 @@ class ShardedUnit:
         Holds       P (or, at stage 3, S) in compute dtype, S masters where their dtype or place is another
         """
         self.parameters = {name: p for of_group in parameters for name, p in of_group.items()}
+        for p in self.parameters.values():
+            if (owner := owner_of(p)) is not None:  # it was born in pieces
+                owner.unshard()
         self.group, self.stage, self.dtypes = group, stage, dtypes
         self.whole = stage == 0  # every rank updates everything
         self.trainable = any(p.requires_grad for p in self.parameters.values())
@@ -96,20 +99,37 @@ class ShardedUnit:
             self.master = self.shard
         else:
             self.master = self.layout.shard(exact, self.part).to(states_on or device, copy=True)
-        windows = [self.layout.in_shard(self.layout.span(list(of_group)), self.part) for of_group in parameters]
-        self.windows = [(index, window) for index, window in enumerate(windows) if window.size]
-        if not self.trainable:
-            self.windows = []
-        self.masters = tuple(nn.Parameter(self.master[slice(*window)]) for _, window in self.windows)
+        self.windows = self._windows(parameters) if self.trainable else []
+        shapes = self.layout.shapes
+        self.masters = tuple(
+            nn.Parameter(self.master[slice(*window)].view(shapes[name] if self.whole else -1))
+            for _, window, name in self.windows
+        )
         self.full: Tensor | None = None  # gradients of all parameters, not yet summed over ranks
         self.gradient: Tensor | None = None
         self.is_released = False
         self._gathering: Work | None = None
         self._reducing: tuple[Work, Tensor, Tensor] | None = None  # the call, what it reads, what it writes
-        self._absent = _absent_class({id(p): name for name, p in self.parameters.items()}, partial(on_read, self))
+        named = {id(p): (name, self.layout.shapes[name]) for name, p in self.parameters.items()}
+        self._present, self._absent = classes(self, named, partial(self._read, on_read))
         self._point_into_buffer()
         # autograd's node of each parameter remembers the shape that it saw first: make it see the whole one, and stay
         self._nodes = [p.view_as(p).grad_fn for p in self.parameters.values() if p.requires_grad]
+
+    def _windows(self, parameters: Sequence[Mapping[str, nn.Parameter]]) -> list[tuple[int, Interval, str]]:
+        """Return what the optimizer updates, as windows in my shard: parameter by parameter where they are whole.
+
+        Returns  (parameter group, window, the first parameter in it)
+        """
+        parts = [[[name] for name in of_group] if self.whole else [list(of_group)] for of_group in parameters]
+        spans = [(index, self.layout.span(names), names) for index, part in enumerate(parts) for names in part if names]
+        windows = [(index, self.layout.in_shard(span, self.part), names[0]) for index, span, names in spans]
+        return [(index, window, name) for index, window, name in windows if window.size]
+
+    def _read(self, on_read: Callable[["ShardedUnit"], bool], func: Any, operation: Callable[[], Any]) -> Any:
+        if not on_read(self):
+            raise LookupError
+        return operation()
 
     def at(self, moment: str) -> None:
         """Do what the table says for my stage."""
@@ -139,7 +159,7 @@ class ShardedUnit:
         """
         if self._gathering is not None or self.whole or (self.stage == 3 and not self.is_released):
             return
-        with _plainly():
+        with plainly():
             if self.is_released:
                 self._storage.resize_(self.layout.size * self.flat.element_size())
                 self.flat = self.flat.new_empty(0).set_(self._storage, 0, (self.layout.size,), (1,))
@@ -155,7 +175,7 @@ class ShardedUnit:
             self._gathering = None
         if self.is_released:
             self.is_released = False
-            with _plainly():
+            with plainly():
                 self._point_into_buffer()
 
     def reshard(self) -> None:
@@ -165,7 +185,7 @@ class ShardedUnit:
             self._gathering = None
         elif self.is_released:
             return
-        with _plainly():
+        with plainly():
             for p in self.parameters.values():
                 p.data = p.data.new_empty(0)
                 p.__class__ = self._absent
@@ -182,7 +202,7 @@ class ShardedUnit:
         Writes  full, (P,), collect dtype
         Raises  UserError if a gradient has another shape than its parameter
         """
-        with _plainly():
+        with plainly():
             fresh = self.full is None
             if self.full is None:
                 self.full = torch.empty(self.layout.size, dtype=self.dtypes.collect, device=self.flat.device)
@@ -212,7 +232,7 @@ class ShardedUnit:
         self.settle()
         self.collect()
         assert self.full is not None
-        with _plainly():
+        with plainly():
             sent = self.full.to(self.dtypes.reduce)
             self.full = None
             if self.whole:
@@ -231,7 +251,7 @@ class ShardedUnit:
         work, _, mine = self._reducing
         work.wait()
         self._reducing = None
-        with _plainly():
+        with plainly():
             mine = mine.to(self.dtypes.gradient)
             self.gradient = mine if self.gradient is None else self.gradient.add_(mine)
 
@@ -243,8 +263,8 @@ class ShardedUnit:
         wide = self.gradient.to(self.master.device).to(self.master.dtype)
         if factor != 1.0:
             wide.mul_(factor)  # in the masters' dtype: a small gradient times a small factor is no fp16 number
-        for (_, window), master in zip(self.windows, self.masters):
-            master.grad = wide[slice(*window)]
+        for (_, window, _), master in zip(self.windows, self.masters):
+            master.grad = wide[slice(*window)].view_as(master)
         self.gradient = None
 
     @torch.no_grad()
@@ -256,6 +276,21 @@ class ShardedUnit:
         if self.master is not self.shard:
             self._move(self.master, self.shard, self.has_states_away)
 
+    def take(self, root: int) -> None:
+        """Make the parameters' values on rank `root` everybody's; masters follow where a value changed.
+
+        Sends  P elements from `root` (broadcast)
+        """
+        with plainly():
+            self.group.broadcast(self.flat, root).wait()
+            mine = self.layout.shard(self.flat, self.part)
+            if self.shard.data_ptr() != mine.data_ptr():
+                self._move(mine, self.shard, self.has_shard_away)
+            if self.master is not self.shard:
+                found = self.shard.to(self.master.device)
+                is_new = self.master.to(found.dtype) != found
+                self.master.copy_(torch.where(is_new, found.to(self.master.dtype), self.master))
+
     def _move(self, source: Tensor, target: Tensor, is_away: bool) -> None:
         """Copy, counting what crosses between an offloaded state's home and the device."""
         target.copy_(source)
@@ -264,38 +299,5 @@ class ShardedUnit:
     def _point_into_buffer(self) -> None:
         """Let each parameter be its view of the flat buffer."""
         for (name, p), view in zip(self.parameters.items(), self.layout.views(self.flat).values()):
-            p.__class__ = nn.Parameter
+            p.__class__ = self._present
             p.data = view
-
-
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """Do the book-keeping unseen by autograd and by whoever watches operations (the table's hooks do)."""
-    with torch.no_grad(), torch._C.DisableTorchFunction():
-        yield
-
-
-# what may be asked of a released parameter: its elements have no part in it
-_HARMLESS: set[Any] = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.__hash__}
-for _name in ("requires_grad", "dtype", "device", "is_leaf", "layout", "grad"):
-    _HARMLESS |= {getattr(Tensor, _name).__get__, getattr(Tensor, _name).__set__}
-
-
-def _absent_class(names: Mapping[int, str], on_read: Callable[[], bool]) -> type[nn.Parameter]:
-    """Make the class that parameters have while they are released: reading one unshards its unit, or raises."""
-
-    class Absent(nn.Parameter):
-        @classmethod
-        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in _HARMLESS:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **(kwargs or {}))
-            if not on_read():
-                name = next((names[id(one)] for one in args if id(one) in names), next(iter(names.values())))
-                raise UserError(
-                    f"parameter {name} is released: its elements are spread over the ranks",
-                    fix="reading it inside the model's forward, or in `with engine.sharded.gathered():`",
-                )
-            return func(*args, **(kwargs or {}))
-
-    return Absent

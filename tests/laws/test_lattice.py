@@ -5,21 +5,26 @@ SGD at a known rate) and the parameters after three steps, per tensor |a - b| <=
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from minispeed.collective.group import Group
 from minispeed.collective.threads import run_threads
 from minispeed.engine import Engine, MicroBatch, Report
+from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
 from minispeed.model.loss import IGNORED
-from minispeed.optim import AdamW, constant, decay_groups
+from minispeed.model.recompute import recompute
+from minispeed.optim import AdamW, decay_groups
 from minispeed.precision import Precision
+from minispeed.schedules import constant
 from minispeed.testing.models import small_configs
 from minispeed.testing.odd import OddConfig, OddModel
+from minispeed.zero.init import Init
 from minispeed.zero.sharded import Offload
 
 CPU = torch.device("cpu")
@@ -31,6 +36,7 @@ OPTIMIZERS = {
     "adam": lambda groups: torch.optim.Adam(groups, lr=LR),
     "sgd": lambda groups: torch.optim.SGD(groups, lr=LR),
     "momentum": lambda groups: torch.optim.SGD(groups, lr=LR, momentum=0.9, nesterov=True),
+    "adafactor": lambda groups: torch.optim.Adafactor(groups, lr=LR, eps=(1e-4, 1e-3)),
     "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=LR),
 }
 
@@ -54,6 +60,8 @@ class Case:
     prefetch: int
     persistence: int
     offload: tuple[bool, bool]
+    in_pieces: bool
+    recompute: str
 
 
 @st.composite
@@ -67,7 +75,7 @@ def cases(draw: st.DrawFn) -> Case:
         stage=draw(st.integers(0, 3)),
         micro=draw(st.integers(1, 4)),
         units=draw(st.sampled_from(["one", "default", "each module", "each parameter"])),
-        optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
+        optimizer=draw(st.sampled_from(sorted(OPTIMIZERS.keys() - {"adafactor"}))),
         clip=draw(st.sampled_from([0.0, 0.01, 1.0])),
         share=draw(st.floats(0, 1)),
         empty=draw(st.booleans()),
@@ -77,6 +85,8 @@ def cases(draw: st.DrawFn) -> Case:
         prefetch=draw(st.sampled_from([0, 1, 50, 10**6])),
         persistence=draw(st.sampled_from([0, 10, 10**6])),
         offload=draw(st.tuples(st.booleans(), st.booleans())),
+        in_pieces=draw(st.booleans()),
+        recompute=draw(st.sampled_from(["none", "all", "2", "attention"])),
     )
 
 
@@ -136,7 +146,10 @@ def plain(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 def sharded(case: Case, group: Group) -> tuple[list[Report], dict[str, torch.Tensor]]:
     """Train as one rank of the layout; return reports and the whole parameters."""
-    model = build(case)
+    with Init(group, enabled=case.in_pieces):
+        model = build(case)
+    if isinstance(model, GPT):
+        recompute(model, case.recompute)
     engine = Engine(
         model,
         group,
@@ -178,6 +191,25 @@ def check(case: Case, ran: Sequence[tuple[list[Report], dict[str, torch.Tensor]]
         assert_close(parameters, expected)
         for name, tensor in parameters.items():
             assert torch.equal(tensor, ran[0][1][name])  # copies are equal bit for bit
+
+
+@given(cases())
+def test_an_optimizer_of_whole_tensors_sees_them_whole_at_stage_0(case):
+    case = replace(case, stage=0, optimizer="adafactor")
+    check(case, run_threads(lambda group: sharded(case, group), case.ranks))
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.Muon, torch.optim.LBFGS])
+def test_such_an_optimizer_is_refused_on_flat_shards(make):
+    with pytest.raises(UserError, match=f"{make.__name__}.*zero=0|{make.__name__}.*AdamW"):
+        Engine(
+            OddModel(OddConfig()),
+            precision=Precision(torch.float64),
+            schedule=constant,
+            lr=LR,
+            zero=1,
+            optimizer=lambda groups: make([p for group in groups for p in group["params"]]),
+        )
 
 
 @given(cases())

@@ -1,0 +1,293 @@
+"""Break the library on purpose, one line at a time, and see that the tests notice.
+
+    python tests/laws/mutate.py [WORD...]        only the mutations whose description holds one of the words
+
+Each mutation is played on a copy of the project: a line is replaced, the test that should notice is run, and it must
+fail. The table is written to MUTATIONS.md beside this file. A mutation whose line is no longer in the code is an error:
+the list follows the code.
+
+Mutation testing: DeMillo, Lipton & Sayward 1978, Hints on test data selection.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+LATTICE = "tests/laws/test_lattice.py"
+ENGINE, UNIT, SHARDED = "minispeed/engine.py", "minispeed/zero/unit.py", "minispeed/zero/sharded.py"
+TABLE, LEDGER = "minispeed/zero/table.py", "tests/test_ledger.py"
+
+
+class Mutation(NamedTuple):
+    """What is broken, where, how, and the test that must fail."""
+
+    what: str
+    file: str
+    before: str
+    after: str
+    test: str
+
+
+MUTATIONS = [
+    Mutation(
+        "drop the division by the step's tokens",
+        ENGINE,
+        "self.scaler.scale / max(1, num_supervised)",
+        "self.scaler.scale",
+        LATTICE,
+    ),
+    Mutation(
+        "count supervised tokens of this rank alone",
+        ENGINE,
+        "num_supervised, num_tokens = self._sum(counts).tolist()",
+        "num_supervised, num_tokens = counts",
+        LATTICE,
+    ),
+    Mutation(
+        "norm of my shard in place of all",
+        ENGINE,
+        "squares = squares if self.sharded.stage == 0 else self._sum([squares]).item()",
+        "pass",
+        LATTICE,
+    ),
+    Mutation(
+        "count the norm N times at stage 0",
+        ENGINE,
+        "squares = squares if self.sharded.stage == 0 else self._sum([squares]).item()",
+        "squares = self._sum([squares]).item()",
+        LATTICE,
+    ),
+    Mutation("clip when the norm is small", ENGINE, "norm > self.clip", "norm < self.clip", LATTICE),
+    Mutation(
+        "overflow flag: max -> min",
+        ENGINE,
+        'all_reduce(anywhere, "max")',
+        'all_reduce(anywhere, "min")',
+        "tests/test_scaler.py",
+    ),
+    Mutation(
+        "overflow is each rank's own affair",
+        ENGINE,
+        'self.group.all_reduce(anywhere, "max").wait()',
+        "pass",
+        "tests/test_scaler.py",
+    ),
+    Mutation(
+        "forget to divide the loss scale out",
+        ENGINE,
+        "give_gradients(coefficient / self.scaler.scale)",
+        "give_gradients(coefficient)",
+        "tests/test_scaler.py",
+    ),
+    Mutation(
+        "unscale in the gradient's dtype",
+        UNIT,
+        "wide.mul_(factor)  #",
+        "self.gradient.mul_(factor)  #",
+        "tests/test_scaler.py",
+    ),
+    Mutation(
+        "sum gradients twice",
+        UNIT,
+        "mine = mine.to(self.dtypes.gradient)",
+        "mine = (mine * 2).to(self.dtypes.gradient)",
+        LATTICE,
+    ),
+    Mutation(
+        "keep the gradients that were reduced, and reduce them again",
+        UNIT,
+        "            self.full = None\n            if self.whole:",
+        "            if self.whole:",
+        LATTICE,
+    ),
+    Mutation(
+        "replace a unit's gradient where it should add",
+        UNIT,
+        "(torch._foreach_copy_ if fresh else torch._foreach_add_)",
+        "torch._foreach_copy_",
+        LATTICE,
+    ),
+    Mutation(
+        "an absent gradient leaves what the memory held", UNIT, "view.zero_() if fresh else None", "None", LATTICE
+    ),
+    Mutation(
+        "all-reduce the largest in place of the sum",
+        UNIT,
+        "self.group.all_reduce(sent), sent, sent",
+        'self.group.all_reduce(sent, "max"), sent, sent',
+        LATTICE,
+    ),
+    Mutation(
+        "never wait for the last sums",
+        SHARDED,
+        "                unit.settle()\n        finally:",
+        "                pass\n        finally:",
+        LATTICE,
+    ),
+    Mutation(
+        "forget the padding",
+        "minispeed/layout.py",
+        "_round_up(-(-self.total // self.ranks), self.alignment)",
+        "_round_up(self.total // self.ranks, self.alignment)",
+        LATTICE,
+    ),
+    Mutation(
+        "skip the gradient of a parameter used again after its unit was complete",
+        SHARDED,
+        "if unit.has_gradients:",
+        "if False:",
+        LATTICE,
+    ),
+    Mutation("skip parameters that got no gradient", SHARDED, "while self._waiting:  #", "while False:  #", LATTICE),
+    Mutation(
+        "reduce units in order of readiness",
+        SHARDED,
+        "while self._waiting and not self._missing[id(self._waiting[0])]:\n"
+        "            self._complete(self._waiting.pop(0))",
+        "if unit in self._waiting and not self._missing[id(unit)]:\n            self._waiting.remove(unit)\n"
+        "            self._complete(unit)",
+        LATTICE,
+    ),
+    Mutation(
+        "release a unit in the middle of its recomputation",
+        SHARDED,
+        "and not self._in_backward and not",
+        "and not",
+        LATTICE,
+    ),
+    Mutation(
+        "stage 3 keeps every unit whole after its forward",
+        TABLE,
+        '"after forward": ("", "", "", "reshard")',
+        '"after forward": ("", "", "", "")',
+        LEDGER,
+    ),
+    Mutation(
+        "stage 2 reduces on the last micro-batch only",
+        TABLE,
+        '"gradients complete": ("", "", "reduce", "reduce")',
+        '"gradients complete": ("", "", "", "reduce")',
+        LEDGER,
+    ),
+    Mutation(
+        "stage 1 does not gather what the others updated",
+        TABLE,
+        '"after step": ("", "unshard", "unshard", "")',
+        '"after step": ("", "", "unshard", "")',
+        LATTICE,
+    ),
+    Mutation("prefetch without a limit", SHARDED, "            if left < 0:\n                return\n", "", LEDGER),
+    Mutation("no unit is too small to be released", SHARDED, "size < persistence", "size < 0", LEDGER),
+    Mutation(
+        "masters start from rounded weights",
+        UNIT,
+        "self.master = self.layout.shard(exact, self.part)",
+        "self.master = self.layout.shard(self.flat, self.part).to(dtypes.master)",
+        "tests/test_engine.py",
+    ),
+    Mutation(
+        "the optimizer's result is not copied to the parameters",
+        UNIT,
+        "self._move(self.master, self.shard, self.has_states_away)",
+        "pass",
+        "tests/test_engine.py",
+    ),
+    Mutation(
+        "a change of one parameter rounds its neighbours' masters",
+        UNIT,
+        "torch.where(is_new, found.to(self.master.dtype), self.master)",
+        "found.to(self.master.dtype)",
+        "tests/test_zero_init.py",
+    ),
+    Mutation(
+        "each rank keeps its own random values",
+        "minispeed/zero/init.py",
+        "piece.take(0)  #",
+        "pass",
+        "tests/test_zero_init.py",
+    ),
+    Mutation(
+        "a view may outlive its turn",
+        "minispeed/zero/init.py",
+        "> 2  # the",
+        "> 99  # the",
+        "tests/test_zero_init.py",
+    ),
+    Mutation(
+        "the scale doubles one step late",
+        "minispeed/scaler.py",
+        "(self.iteration - self.last_overflow) % self.window == 0",
+        "(self.iteration - self.last_overflow) % (self.window + 1) == 0",
+        "tests/test_scaler.py",
+    ),
+    Mutation(
+        "an overflow does not restart the window",
+        "minispeed/scaler.py",
+        "last_overflow=self.iteration,",
+        "",
+        "tests/test_scaler.py",
+    ),
+    Mutation(
+        "the ring stops one step early",
+        "minispeed/collective/rings.py",
+        "for step in range(1, size):",
+        "for step in range(1, size - 1):",
+        "tests/test_rings.py",
+    ),
+    Mutation(
+        "the ring adds the neighbour's part",
+        "minispeed/collective/rings.py",
+        "mine = parts[(rank - 1 - step) % size]",
+        "mine = parts[(rank - step) % size]",
+        "tests/test_rings.py",
+    ),
+]
+
+
+def play(mutation: Mutation, place: Path) -> str:
+    """Break the copy at `place`, run the test, mend the copy. Returns the name of the test that failed, "" if none."""
+    path = place / mutation.file
+    whole = path.read_text()
+    if whole.count(mutation.before) != 1:
+        raise SystemExit(f"{mutation.what}: {mutation.file} has {whole.count(mutation.before)} of {mutation.before!r}")
+    path.write_text(whole.replace(mutation.before, mutation.after))
+    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "CI": "true"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", mutation.test]
+    try:
+        run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        return "(it never ends)"
+    finally:
+        path.write_text(whole)
+    failed = [line.split()[1].split("[")[0] for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if failed else ("(the process dies)" if run.returncode not in (0, 1) else "")
+
+
+def main() -> None:
+    chosen = [m for m in MUTATIONS if not sys.argv[1:] or any(word in m.what for word in sys.argv[1:])]
+    lines, survivors = [], []
+    with tempfile.TemporaryDirectory(prefix="minispeed-mutations-") as folder:
+        place = Path(folder)
+        for part in ("minispeed", "tests", "docs"):
+            shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, place / name)
+        for mutation in chosen:
+            killer = play(mutation, place)
+            print(f"{'killed' if killer else 'SURVIVED':9} {mutation.what}: {killer or mutation.test}", flush=True)
+            lines.append(f"| {mutation.what} | `{mutation.file}` | {killer.replace('::', ' ') or 'nothing'} |")
+            survivors += [] if killer else [mutation.what]
+    if len(chosen) == len(MUTATIONS):
+        head = ["# What was broken, and which test noticed", "", "Played by `python tests/laws/mutate.py`.", ""]
+        head += ["| broken | in | noticed by |", "|---|---|---|"]
+        (ROOT / "tests/laws/MUTATIONS.md").write_text("\n".join(head + lines) + "\n")
+    raise SystemExit(f"survived: {survivors}" if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()
