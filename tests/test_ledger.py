@@ -75,6 +75,30 @@ def test_a_rank_holds_and_sends_what_the_closed_forms_say(ranks, stage, precisio
     assert elements == round(ranks * sent(sizes, ranks=ranks, stage=stage, micro=micro))
 
 
+@given(ranks=st.integers(2, 5), threshold=st.sampled_from([0, 13, 67, 200, 10**6]), micro=st.integers(1, 2))
+def test_small_units_stay_whole_at_stage_3(ranks, threshold, micro):
+    """A unit under the threshold is gathered once a step, as at stage 2, and its parameters are always there."""
+    trace = Trace()
+
+    def train(group):
+        engine = make(Traced(group, trace), 3, Precision(torch.float32), persistence=threshold)
+        sizes = [unit.num_elements for unit in engine.sharded.units]
+        step = [rows(group.rank, index) for index in range(micro)]
+        engine.train_step(step)
+        engine.group.all_reduce(torch.zeros(1)).wait()
+        if group.rank == 0:
+            trace.clear()
+        engine.group.all_reduce(torch.zeros(1)).wait()
+        engine.train_step(step)
+        return sizes, [unit.is_released for unit in engine.sharded.units]
+
+    sizes, released = run_threads(train, ranks)[0]
+    assert released == [size >= threshold for size in sizes]
+    elements = sum(event.sent for event in trace.events if event.bytes > SCALARS) / 4
+    per_rank = (sent([size], ranks=ranks, stage=3 if size >= threshold else 2, micro=micro) for size in sizes)
+    assert elements == round(ranks * sum(per_rank))
+
+
 @pytest.mark.parametrize("gradient_bytes, whole", [(2, 16), (4, 18)])
 def test_the_papers_table(gradient_bytes, whole):
     """7.5 billion parameters on 64 ranks, figure 1 of the paper: 120, 31.4, 16.6 and 1.9 GB."""

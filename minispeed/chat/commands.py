@@ -10,6 +10,7 @@ from pathlib import Path
 from minispeed.options import Options, option
 
 MODEL, LEARNING, DATA, RUNNING, WRITING = "Model", "Learning", "Data", "Running", "Writing"
+MEMORY = "Memory and messages"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,25 @@ class SftOptions(Options):
     )
     ranks: int = option(1, help="processes on this machine that share the work", low=1, group=RUNNING)
     zero: int = option(0, help="ZeRO stage: what the ranks cut among them", choices=(0, 1, 2, 3), group=RUNNING)
+    bucket: int | None = option(
+        None,
+        help="stages 0 to 2: parameters summed together; by layer when absent",
+        unit="elements",
+        low=1,
+        group=MEMORY,
+    )
+    overlap: bool = option(True, help="compute goes on while gradients are summed", group=MEMORY)
+    prefetch: int = option(
+        0, help="stage 3: gather the next layers, this many, while one computes", unit="elements", low=0, group=MEMORY
+    )
+    persistence: int = option(0, help="stage 3: smaller layers stay whole", unit="elements", low=0, group=MEMORY)
+    offload_optimizer: bool = option(False, help="masters and moments live, and step, on the CPU", group=MEMORY)
+    offload_param: bool = option(False, help="stage 3: shards of parameters live on the CPU", group=MEMORY)
+    recompute: str = option(
+        "none", help="none, all, attention, or every so many layers: computed again in the backward", group=MEMORY
+    )
+    compile: bool = option(False, help="let torch.compile fuse each layer; stages 0 to 2", group=RUNNING)
+    loss_scale: float = option(0.0, help="of fp16; 0 finds it while training", low=0, group=RUNNING)
     threads: int = option(0, help="threads of each rank; 0 shares the cores out", low=0, group=RUNNING)
     seed: int = option(0, help="the same seed gives the same weights, bit for bit", low=0, group=RUNNING)
     eval_every: int | None = option(None, by_case=True, help="steps between evaluations", low=1, group=WRITING)

@@ -37,11 +37,15 @@ from minispeed.collective.group import Group
 from minispeed.engine import Engine, Report
 from minispeed.errors import UserError
 from minispeed.figures import draw_run
+from minispeed.model.gpt import GPT
+from minispeed.model.recompute import recompute
 from minispeed.options import to_json
 from minispeed.precision import choose_precision
 from minispeed.scaler import LossScaler
 from minispeed.schedules import warmup_then
+from minispeed.zero.sharded import Offload
 
+CPU = torch.device("cpu")
 NUM_EVAL_STEPS = 16  # batches of the evaluations while training; the last one reads everything
 FIRST_SAMPLE = 25  # steps; then at every doubling
 
@@ -92,12 +96,23 @@ class Trainer:
         precision = choose_precision(options.dtype)
         if options.batch // group.size <= options.micro_batch:  # one micro-batch: nothing is added up
             precision = replace(precision, accumulate=precision.compute)
+        recompute(chat.model, options.recompute)
+        if options.compile:
+            compile_blocks(chat.model, options.zero)
+        scaler = LossScaler.static(options.loss_scale) if options.loss_scale else LossScaler()
         self.engine = Engine(
             chat.model,
             group,
             zero=options.zero,
             precision=precision,
-            scaler=LossScaler() if precision.needs_scaler else None,
+            scaler=scaler if precision.needs_scaler else None,
+            bucket=options.bucket,
+            overlap=options.overlap,
+            prefetch=options.prefetch,
+            persistence=options.persistence,
+            offload=Offload(
+                states=CPU if options.offload_optimizer else None, parameters=CPU if options.offload_param else None
+            ),
             schedule=self.schedule(),
             lr=options.lr,
             weight_decay=options.weight_decay,
@@ -346,6 +361,14 @@ class Trainer:
         """Print on rank 0, without breaking the progress bar."""
         if self.is_first:
             self.bar.write(text) if not self.bar.disable else print(text, flush=True)
+
+
+def compile_blocks(model: GPT, stage: int) -> None:
+    """Let torch.compile fuse each block.  Raises UserError at stage 3, whose parameters come and go unseen by it"""
+    if stage == 3:
+        raise UserError("--compile with --zero 3: a compiled layer reads parameters that are not there", fix="--zero 2")
+    for block in model.blocks:
+        block.compile()
 
 
 def transcript(answered: list[Answered]) -> str:

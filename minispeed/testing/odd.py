@@ -52,7 +52,8 @@ class OddModel(nn.Module):
                 p.copy_(draw(seed, name, p.shape, 0.5))
 
     def forward(self, tokens: Tensor, labels: Tensor, *, positions: Tensor, documents: Tensor) -> Tensor:
-        x = self.embed(tokens) + positions[..., None] * 0.1
+        x = self.embed(tokens)
+        x = x + positions[..., None].to(x.dtype) * 0.1
         for layer in [*self.layers, *([self.layers[-1]] if self.config.twice else [])]:
             if self.config.recompute:
                 x = checkpoint(lambda x, layer=layer: layer(x)["x"], x, use_reentrant=False)
