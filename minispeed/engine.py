@@ -10,7 +10,6 @@ Masters and half-precision parameters: Micikevicius et al. 2017, section 3.1 (ht
 Clipping by the global norm: Pascanu et al. 2013, section 3.2 (https://arxiv.org/abs/1211.5063).
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minispeed.checkpoint import Piece
+from minispeed.collective.agree import agree
 from minispeed.collective.group import Group, SoloGroup
 from minispeed.errors import UserError
 from minispeed.layout import Interval
@@ -129,7 +129,15 @@ class Engine:
         self.step = self.num_updates = 0  # a skipped step is no update
         self.model, self.precision, self.scaler = model, precision, scaler or LossScaler.static(1.0)
         self.device = next(model.parameters()).device
-        check_equal_models(model, self.group)
+        settings: dict[str, object] = {
+            "precision": precision,
+            "scaler": scaler,
+            "lr": lr,
+            "ZeRO stage": zero,
+            "clip": clip,
+        }
+        settings |= {"bucket": bucket, "prefetch": prefetch, "persistence": persistence, "offload": offload}
+        agree(self.group, settings | {f"parameter {name}": _describe(p) for name, p in model.named_parameters()})
         for tensor in [*(p for p in model.parameters() if owner_of(p) is None), *model.buffers()]:
             self.group.broadcast(tensor.detach(), 0).wait()  # who has an owner was born with equal values
         groups = decay_groups(model, weight_decay)
@@ -365,22 +373,12 @@ class Engine:
         self.sharded.publish()
 
 
+def _describe(p: nn.Parameter) -> str:
+    return f"{tuple(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'}"
+
+
 def _squares(gradients: Sequence[Tensor], at_least: torch.dtype) -> float:
     """Return the sum of the squares of all elements, added up in `at_least` or wider."""
     wide = [torch.promote_types(gradient.dtype, at_least) for gradient in gradients]
     norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient, dtype in zip(gradients, wide)]
     return sum(norm.item() ** 2 for norm in norms)
-
-
-def check_equal_models(model: nn.Module, group: Group) -> None:
-    """Raise UserError on every rank, two of them named, if names, shapes or dtypes of parameters differ."""
-    text = repr([(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()])
-    mine = torch.tensor([int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")])
-    everyone = mine.new_empty(group.size)
-    group.all_gather(everyone, mine).wait()
-    different = [rank for rank, other in enumerate(everyone.tolist()) if other != everyone[0].item()]
-    if different:
-        raise UserError(
-            f"ranks 0 and {different[0]} built different models: names, shapes or dtypes of their parameters differ",
-            fix="the same model, options and code on every rank",
-        )

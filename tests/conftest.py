@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # Before torch is first imported, here and in the processes that tests start: sums are cut in the same places
 # on every machine, and tests that run ranks side by side do not fight for the cores.
@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--examples", type=int, default=50, metavar="N", help="draws per drawn test (default: 50)")
+    parser.addoption("--first-failure", action="store_true", help="show the first draw that fails; look for no smaller")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,7 +20,10 @@ def pytest_configure(config: pytest.Config) -> None:
     examples = config.getoption("--examples")
     if examples < 1:
         raise pytest.UsageError(f"--examples must be at least 1; got {examples}")
-    settings.register_profile("minispeed", max_examples=examples, deadline=None, derandomize="CI" in os.environ)
+    phases = (Phase.explicit, Phase.generate) if config.getoption("--first-failure") else settings().phases
+    settings.register_profile(
+        "minispeed", max_examples=examples, deadline=None, derandomize="CI" in os.environ, phases=phases
+    )
     settings.load_profile("minispeed")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from minispeed.collective.threads import run_threads
 from minispeed.engine import Engine, MicroBatch
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
@@ -134,3 +135,32 @@ def test_precision_by_name():
     assert choose_precision("auto").compute in (torch.bfloat16, torch.float32)
     with pytest.raises(UserError, match="'bf61'.*--dtype bf16"):
         choose_precision("bf61")
+
+
+@pytest.mark.parametrize(
+    "differ, message",
+    [
+        (dict(lr=2e-3), r"lr is 0.001 on rank 0, 0.002 on rank 1"),
+        (dict(zero=2), r"ZeRO stage is 1 on rank 0, 2 on rank 1"),
+        (dict(config=preset("nano", num_layers=1)), r"blocks.1.attention_norm.weight is \(128,\).* rank 0, not there"),
+        (dict(config=preset("nano", vocab_size=7)), r"embed.tokens.weight is \(512, 128\).*rank 0, \(7, 128\)"),
+        (dict(compute=torch.bfloat16), r"precision is .*float32.* on rank 0, .*bfloat16.* on rank 1"),
+    ],
+)
+def test_ranks_that_were_started_differently_are_named_with_both_values(differ, message):
+    def start(group):
+        made = dict(config=preset("nano"), lr=1e-3, zero=1) | (differ if group.rank == 1 else {})
+        compute = made.pop("compute", torch.float32)
+        model = GPT(made.pop("config"))
+        Engine(model, group, precision=Precision(compute), schedule=constant, **made)
+
+    with pytest.raises(UserError, match=message):
+        run_threads(start, 3)
+
+
+def test_a_loss_is_one_number_with_a_gradient():
+    run = engine(preset("nano"))
+    with pytest.raises(UserError, match=r"shape \(3,\)"):
+        run.sharded.backward(torch.ones(3, requires_grad=True), last=True)
+    with pytest.raises(UserError, match="no gradient"):
+        run.sharded.backward(torch.ones(()), last=True)

@@ -96,13 +96,28 @@ def test_fp16_without_a_scaler_is_refused():
         Engine(GPT(CONFIG), precision=Precision(torch.float16), schedule=constant, lr=1e-3)
 
 
-@given(scale=st.sampled_from([1.0, 8.0, 2.0**20]), seed=st.integers(0, 99))
-def test_the_scale_is_divided_out_again(scale, seed):
-    plain, scaled = (engine(None, compute=torch.float32, scaler=LossScaler.static(s), seed=seed) for s in (1.0, scale))
+@given(
+    scale=st.sampled_from([1.0, 8.0, 2.0**20]),
+    seed=st.integers(0, 99),
+    compute=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_the_scale_is_divided_out_again(scale, seed, compute):
+    dtype = getattr(torch, compute)
+    plain, scaled = (engine(None, compute=dtype, scaler=LossScaler.static(s), seed=seed) for s in (1.0, scale))
     for step in range(3):
         reports = [run.train_step([rows(seed + step)]) for run in (plain, scaled)]
         assert reports[0].norm == reports[1].norm  # powers of two are exact
     assert same(held(plain), held(scaled))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_are_unscaled_in_the_masters_dtype(dtype):
+    """A half-precision gradient over its scale may be below that dtype's smallest number."""
+    run = engine(None, compute=dtype)
+    for unit in run.sharded.units:
+        unit.gradient = torch.ones(unit.layout.shard_size, dtype=dtype)
+        unit.give_gradients(1e-30)
+        assert all(master.grad.eq(1e-30).all() and master.grad.dtype == torch.float32 for master in unit.masters)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

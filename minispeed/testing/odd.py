@@ -17,7 +17,7 @@ from minispeed.model.loss import IGNORED
 
 @dataclass(frozen=True)
 class OddConfig:
-    """Sizes and switches; `recompute` runs each layer again in the backward."""
+    """Sizes and switches; `recompute` runs each layer again in the backward, `reentrant` by a backward inside it."""
 
     dim: int = 3
     layers: int = 2
@@ -28,6 +28,7 @@ class OddConfig:
     frozen: bool = False
     unused: bool = False
     recompute: bool = False
+    reentrant: bool = False
 
 
 class OddModel(nn.Module):
@@ -56,7 +57,7 @@ class OddModel(nn.Module):
         x = x + positions[..., None].to(x.dtype) * 0.1
         for layer in [*self.layers, *([self.layers[-1]] if self.config.twice else [])]:
             if self.config.recompute:
-                x = checkpoint(lambda x, layer=layer: layer(x)["x"], x, use_reentrant=False)
+                x = checkpoint(lambda x, layer=layer: layer(x)["x"], x, use_reentrant=self.config.reentrant)
             else:
                 x = layer(x)["x"]
         if self.config.frozen:

@@ -111,6 +111,7 @@ class ShardedModel:
         self._is_running = self._in_backward = self._is_gathered = False
         self._order: list[ShardedUnit] = []  # of the first forward
         self._order_is_known = False
+        self._reduce_order: list[ShardedUnit] = []  # the same on every rank, from the first backward on
         self._waiting: list[ShardedUnit] = []  # not complete yet in this backward, in the order of reduction
         self._reducing: ShardedUnit | None = None  # the last unit that was reduced, perhaps still on its way
 
@@ -210,32 +211,44 @@ class ShardedModel:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Run the backward of one micro-batch, and reduce what the table wants reduced.
 
-        last  whether it is the step's last micro-batch
+        last    whether it is the step's last micro-batch
+        Raises  UserError if the loss is not one number that depends on the parameters
         """
+        if loss.numel() != 1 or not loss.requires_grad:
+            what = f"shape {tuple(loss.shape)}" if loss.numel() != 1 else "no gradient"
+            raise UserError(f"a backward starts from one loss, and it has {what}", fix="loss.sum() of a forward")
         self.is_last = last
+        self._reduce_order = self._reduce_order or self._agree_on_order()
         self._missing = {id(unit): set(unit.parameters) for unit in self.units if unit.trainable}
-        self._waiting = [unit for unit in self._reduce_order() if unit.trainable]
+        self._waiting = [unit for unit in self._reduce_order if unit.trainable]
         self._in_backward = True
         try:
             with self._saving():
                 loss.backward()
             while self._waiting:  # unused parameters, units that no forward reached
                 self._complete(self._waiting.pop(0))
-            for unit in self._reduce_order():
+            for unit in self._reduce_order:
                 if unit.has_gradients:  # after it was complete: a re-entrant checkpoint
                     self._complete(unit)
             if last:
-                for unit in self._reduce_order():
+                for unit in self._reduce_order:
                     self._reduce_at("last backward over", unit)
-            for unit in self._reduce_order():
+            for unit in self._reduce_order:
                 unit.settle()
         finally:
             self._in_backward = False
             self._rest()
 
-    def _reduce_order(self) -> list[ShardedUnit]:
-        """Return the units, last of the first forward first; those that no forward reached at the end."""
-        return [*reversed(self._order), *(unit for unit in reversed(self.units) if unit not in self._order)]
+    def _agree_on_order(self) -> list[ShardedUnit]:
+        """Return the order in which every rank reduces: that of rank 0's first forward, reversed; what it left out last.
+
+        Ranks whose rows took other ways through the model had another order of their own.
+        """
+        unused = [unit for unit in reversed(self.units) if unit not in self._order]
+        mine = [self.units.index(unit) for unit in (*reversed(self._order), *unused)]
+        order = torch.tensor(mine)
+        self.group.broadcast(order, 0).wait()
+        return [self.units[index] for index in order.tolist()]
 
     def _expects_gradient(self, unit: ShardedUnit) -> None:
         """A gradient is about to be added: autograd gives it its parameter's shape, so that must be there."""

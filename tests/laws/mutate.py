@@ -88,7 +88,7 @@ MUTATIONS = [
         "unscale in the gradient's dtype",
         UNIT,
         "wide.mul_(factor)  #",
-        "self.gradient.mul_(factor)  #",
+        "wide = self.gradient.mul_(factor).to(wide)  #",
         "tests/test_scaler.py",
     ),
     Mutation(
@@ -257,7 +257,18 @@ def play(mutation: Mutation, place: Path) -> str:
         raise SystemExit(f"{mutation.what}: {mutation.file} has {whole.count(mutation.before)} of {mutation.before!r}")
     path.write_text(whole.replace(mutation.before, mutation.after))
     environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "CI": "true"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", mutation.test]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        "--first-failure",
+        mutation.test,
+    ]
     try:
         run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 
 from minispeed.collective.group import Group
 from minispeed.collective.threads import run_threads
@@ -18,6 +19,7 @@ from minispeed.collective.world import World
 from minispeed.engine import Engine, MicroBatch, Report
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
+from minispeed.model.init import draw as drawn
 from minispeed.model.loss import IGNORED
 from minispeed.model.recompute import recompute
 from minispeed.optim import AdamW, decay_groups
@@ -71,7 +73,7 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     odd = st.builds(OddConfig, dim=st.integers(1, 4), layers=st.integers(1, 3), tied=st.booleans(),
                     borrowed=st.booleans(), twice=st.booleans(), frozen=st.booleans(), unused=st.booleans(),
-                    recompute=st.booleans())  # fmt: skip
+                    recompute=st.booleans(), reentrant=st.booleans())  # fmt: skip
     return Case(
         model=draw(st.one_of(odd, small_configs())),
         ranks=draw(st.integers(1, 8)),
@@ -222,6 +224,54 @@ def test_such_an_optimizer_is_refused_on_flat_shards(make):
 @settings(print_blob=True)
 def test_every_layout_is_the_same_training_run(case):
     check(case, run_threads(lambda group: sharded(case, group), case.ranks))
+
+
+class Moody(nn.Module):
+    """Which of its layers a row goes through, and in which order, depends on the row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.head = nn.Linear(3, 5)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                p.copy_(drawn(7, name, p.shape, 0.5))
+
+    def forward(self, tokens, labels, *, positions, documents):
+        x = self.embed(tokens)
+        for index in ((), (0,), (1, 2), (2, 1), (0, 2, 1))[int(tokens[0, 0])]:
+            x = x + torch.tanh(self.layers[index](x))
+        return torch.nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten(), reduction="none")
+
+
+@given(st.integers(1, 5), st.integers(0, 2), st.booleans(), st.integers(0, 2**31))
+def test_ranks_may_use_other_layers_than_one_another(ranks, stage, overlap, seed):
+    """They sum in one order all the same (at stage 3 they would have to gather what they do not use)."""
+    tokens, labels = torch.randint(0, 5, (2, ranks, 1, 4), generator=torch.Generator().manual_seed(seed))
+    zeros = torch.zeros(1, 4, dtype=torch.int64)
+    model = Moody().to(torch.float64)
+    losses = [model(tokens[r], labels[r], positions=zeros, documents=zeros).sum() for r in range(ranks)]
+    (sum(losses) / (4 * ranks)).backward()
+    expected = {n: p.detach() - (0 if p.grad is None else p.grad) for n, p in model.named_parameters()}
+
+    def train(group: Group) -> dict[str, torch.Tensor]:
+        mine = Moody().to(torch.float64)
+        engine = Engine(
+            mine,
+            group,
+            precision=Precision(torch.float64),
+            schedule=constant,
+            lr=1.0,
+            zero=stage,
+            overlap=overlap,
+            optimizer=torch.optim.SGD,
+        )
+        engine.train_step([MicroBatch(tokens[group.rank], labels[group.rank], zeros, zeros, zeros)])
+        return {name: p.detach().clone() for name, p in mine.named_parameters()}
+
+    for got in run_threads(train, ranks):
+        assert_close(got, expected)
 
 
 def sharded_in(world: World, case: Case) -> tuple[list[Report], dict[str, torch.Tensor]]:

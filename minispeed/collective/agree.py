@@ -1,0 +1,47 @@
+"""Make sure that all ranks were started with the same, and say what differs if they were not.
+
+Ranks with different options do not fail: they wait for each other for ever, or train different models. So each writes
+what it has as names and values; a short fingerprint is compared, and only where it differs are the texts exchanged.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+
+from minispeed.collective.group import Group
+from minispeed.errors import UserError
+
+
+def agree(group: Group, values: Mapping[str, object]) -> None:
+    """Return if every rank brings the same names and values.
+
+    Sends   8 bytes per rank; where ranks differ, the values
+    Raises  UserError on every rank: the first name that differs, its value on rank 0 and on the first other rank
+    """
+    text = json.dumps({name: str(value) for name, value in values.items()}).encode()
+    fingerprint = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+    fingerprints, lengths = _gather(group, [fingerprint, len(text)]).view(-1, 2).T
+    different = [rank for rank, other in enumerate(fingerprints.tolist()) if other != fingerprints[0].item()]
+    if not different:
+        return
+    longest = int(lengths.max())
+    everything = _gather(group, list(text.ljust(longest))).view(-1, longest)
+    first, other = (json.loads(bytes(everything[rank].tolist())) for rank in (0, different[0]))
+    for name in {**first, **other}:
+        mine, theirs = first.get(name, "not there"), other.get(name, "not there")
+        if mine != theirs:
+            raise UserError(
+                f"ranks 0 and {different[0]} were started differently: {name} is {mine} on rank 0, "
+                f"{theirs} on rank {different[0]}",
+                fix="the same model, options and code on every rank",
+            )
+    raise UserError(f"ranks 0 and {different[0]} name the same things in another order", fix="one order on every rank")
+
+
+def _gather(group: Group, numbers: list[int]) -> torch.Tensor:
+    mine = torch.tensor(numbers)
+    everyone = mine.new_empty(group.size * len(numbers))
+    group.all_gather(everyone, mine).wait()
+    return everyone
