@@ -240,7 +240,7 @@ class ShardedModel:
             self._rest()
 
     def _agree_on_order(self) -> list[ShardedUnit]:
-        """Return the order in which every rank reduces: that of rank 0's first forward, reversed; what it left out last.
+        """Return the order in which every rank reduces: rank 0's first forward reversed, then what it left out.
 
         Ranks whose rows took other ways through the model had another order of their own.
         """
