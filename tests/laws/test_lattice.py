@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
 from minispeed.collective.group import Group
@@ -220,7 +220,16 @@ def test_such_an_optimizer_is_refused_on_flat_shards(make):
         )
 
 
+# a layer that is called twice and recomputed each time by a backward inside the backward: its gradients come twice
+TWICE = Case(
+    model=OddConfig(recompute=True, reentrant=True, twice=True, layers=1), ranks=2, stage=2, micro=1, units="default",
+    optimizer="sgd", clip=0.0, share=1.0, empty=False, seed=1, bucket=None, overlap=True, prefetch=0, persistence=0,
+    offload=(False, False), in_pieces=False, recompute="none",
+)  # fmt: skip
+
+
 @given(cases())
+@example(TWICE)
 @settings(print_blob=True)
 def test_every_layout_is_the_same_training_run(case):
     check(case, run_threads(lambda group: sharded(case, group), case.ranks))
