@@ -58,7 +58,7 @@ def ours(world: World, dtype: torch.dtype, stage: int) -> tuple[Step, Callable[[
         lr=LR,
         betas=BETAS,
         zero=stage,
-        prefetch=10**6 if stage == 3 else 0,
+        prefetch=4 * 10**6 if stage == 3 else 0,
     )
 
     def kept() -> int:
@@ -231,7 +231,7 @@ def main() -> None:
     rows = []
     for dtype in options.dtypes:
         rows += minispeed.launch(compare, dtype, options.peers, ranks=2, backend="gloo")[0]
-    report("zero_speed", rows, peers=options.peers, rows=ROWS, tokens=TOKENS, steps=STEPS)
+    report("zero_speed", rows, peers=options.peers, batch=ROWS, tokens=TOKENS, steps=STEPS)
 
 
 if __name__ == "__main__":

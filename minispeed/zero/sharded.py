@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from minispeed.collective.group import Group
 from minispeed.errors import UserError
 from minispeed.zero.table import TABLE, check_stage
-from minispeed.zero.unit import Dtypes, ShardedUnit
+from minispeed.zero.unit import Dtypes, Rooms, ShardedUnit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ class ShardedModel:
         if bucket is not None and stage < 3:
             division = buckets_of({name: p.numel() for name, p in parameters.items()}, bucket)
         self.units: list[ShardedUnit] = []
+        self.rooms = Rooms()
         modules = dict(module.named_modules())
         self._owner: dict[int, ShardedUnit] = {}  # by id of a parameter, and by address of the flat storage
         self._missing: dict[int, set[str]] = {}
@@ -104,6 +105,7 @@ class ShardedModel:
                     states_on=offload.states,
                     shard_on=offload.parameters,
                     on_read=self._on_read,
+                    rooms=self.rooms,
                 )
                 self._adopt(unit, modules.get(where))
         self.is_last = True
@@ -222,6 +224,8 @@ class ShardedModel:
         self._missing = {id(unit): set(unit.parameters) for unit in self.units if unit.trainable}
         self._waiting = [unit for unit in self._reduce_order if unit.trainable]
         self._in_backward = True
+        for unit in self.units if self.stage < 2 else ():  # gradients that stay whole are added where they stay
+            unit.lend()
         try:
             with self._saving():
                 loss.backward()

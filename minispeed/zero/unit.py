@@ -47,6 +47,33 @@ class Dtypes:
     gradient: torch.dtype
 
 
+class Rooms:
+    """Memory that is used again from step to step: fresh memory costs a page fault for every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an uninitialised buffer, (size,)."""
+        nbytes = size * dtype.itemsize
+        fitting = [room for room in self._free if room.numel() >= nbytes and room.device == device]
+        if not fitting:
+            return torch.empty(nbytes, dtype=torch.uint8, device=device).view(dtype)
+        room = min(fitting, key=Tensor.numel)
+        self._free = [other for other in self._free if other is not room]
+        return room[:nbytes].view(dtype)
+
+    def give(self, buffer: Tensor) -> None:
+        """Take a buffer back, whole, that nobody uses any more."""
+        storage = buffer.untyped_storage()
+        self._free.append(torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(storage))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept and not in use."""
+        return sum(room.numel() for room in self._free)
+
+
 class ShardedUnit:
     """The parameters of one module; `masters` are what the optimizer updates.
 
@@ -67,12 +94,14 @@ class ShardedUnit:
         states_on: torch.device | None = None,
         shard_on: torch.device | None = None,
         on_read: Callable[["ShardedUnit"], bool] = lambda unit: False,
+        rooms: "Rooms | None" = None,
     ) -> None:
         """Copy the parameters into a flat buffer; from now on each is a view of it.
 
         parameters  one mapping per parameter group, all frozen or all trainable; may be empty
         states_on   where masters and moments live when they are offloaded; None: with the parameters
         shard_on    where a released unit's shard lives when it is offloaded; None: with the parameters
+        rooms       memory for gradients on their way, shared by the units of a model
         on_read     called when somebody reads a released parameter: unshards the unit, or returns False to refuse
         Holds       P (or, at stage 3, S) in compute dtype, S masters where their dtype or place is another
         """
@@ -109,7 +138,10 @@ class ShardedUnit:
         self.gradient: Tensor | None = None
         self.is_released = False
         self._gathering: Work | None = None
-        self._reducing: tuple[Work, Tensor, Tensor] | None = None  # the call, what it reads, what it writes
+        # the call, the room of the gradients, what is sent, my part of the sum
+        self._reducing: tuple[Work, Tensor, Tensor, Tensor] | None = None
+        self._rooms = rooms or Rooms()
+        self._room: Tensor | None = None
         named = {id(p): (name, self.layout.shapes[name]) for name, p in self.parameters.items()}
         self._present, self._absent = classes(self, named, partial(self._read, on_read))
         self._point_into_buffer()
@@ -195,6 +227,31 @@ class ShardedUnit:
             self.flat = self.flat.new_empty(0)
         self.is_released = True
 
+    def lend(self) -> None:
+        """Let autograd add right into the buffer of collected gradients, where it is of their dtype.
+
+        Writes  p.grad of each parameter, a view of `full`; zeros before the first micro-batch
+        """
+        if not self.trainable or self.dtypes.collect != self.dtypes.compute:
+            return
+        with plainly():
+            if self.full is None:
+                self.full = self._take_room().zero_()
+            for p, view in zip(self.parameters.values(), self.layout.views(self.full).values()):
+                if p.requires_grad and p.grad is None:
+                    p.grad = view
+
+    def _take_room(self) -> Tensor:
+        """Return memory for all gradients: my own where they stay until the last micro-batch, else the model's."""
+        size, dtype, device = self.layout.size, self.dtypes.collect, self.flat.device
+        if self.stage >= 2:
+            return self._rooms.take(size, dtype, device)
+        if self.gradient is not None or self._reducing is not None:  # the sum may lie in my own room
+            return torch.empty(size, dtype=dtype, device=device)
+        if self._room is None:
+            self._room = torch.empty(size, dtype=dtype, device=device)
+        return self._room
+
     def collect(self) -> None:
         """Move p.grad of every parameter into one buffer, adding; None counts as zero.
 
@@ -205,7 +262,7 @@ class ShardedUnit:
         with plainly():
             fresh = self.full is None
             if self.full is None:
-                self.full = torch.empty(self.layout.size, dtype=self.dtypes.collect, device=self.flat.device)
+                self.full = self._take_room()
                 self.full[self.layout.total :].zero_()
             views, gradients = [], []
             for (name, p), view in zip(self.parameters.items(), self.layout.views(self.full).values()):
@@ -215,8 +272,9 @@ class ShardedUnit:
                 if p.grad.shape != view.shape:
                     what = f"the gradient of {name} is {tuple(p.grad.shape)}, the parameter {tuple(view.shape)}"
                     raise UserError(what, fix="a gradient of the parameter's shape")
-                views.append(view)
-                gradients.append(p.grad)
+                if p.grad.data_ptr() != view.data_ptr():  # else it was lent, and is there already
+                    views.append(view)
+                    gradients.append(p.grad)
                 p.grad = None
             if views:
                 (torch._foreach_copy_ if fresh else torch._foreach_add_)(views, gradients)
@@ -234,12 +292,12 @@ class ShardedUnit:
         assert self.full is not None
         with plainly():
             sent = self.full.to(self.dtypes.reduce)
-            self.full = None
+            room, self.full = self.full, None
             if self.whole:
-                self._reducing = self.group.all_reduce(sent), sent, sent
+                self._reducing = self.group.all_reduce(sent), room, sent, sent
             else:
                 mine = sent.new_empty(self.layout.shard_size)
-                self._reducing = self.group.reduce_scatter(mine, sent), sent, mine
+                self._reducing = self.group.reduce_scatter(mine, sent), room, sent, mine
 
     def settle(self) -> None:
         """Wait for the sum that `reduce` started, and add my shard of it up.
@@ -248,12 +306,14 @@ class ShardedUnit:
         """
         if self._reducing is None:
             return
-        work, _, mine = self._reducing
+        work, room, _, mine = self._reducing
         work.wait()
         self._reducing = None
         with plainly():
-            mine = mine.to(self.dtypes.gradient)
-            self.gradient = mine if self.gradient is None else self.gradient.add_(mine)
+            wide = mine.to(self.dtypes.gradient)
+            self.gradient = wide if self.gradient is None else self.gradient.add_(wide)
+        if self.stage >= 2:
+            self._rooms.give(room)
 
     def give_gradients(self, factor: float) -> None:
         """Set the masters' gradients: views of my shard times `factor`, in the masters' dtype, where they live."""
