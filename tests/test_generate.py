@@ -105,3 +105,11 @@ def test_generation_ends_where_positions_end():
 def test_sampling_outside_its_range_is_named(change, name):
     with pytest.raises(UserError, match=name):
         Sampling(**change)
+
+
+def test_a_long_prompt_in_the_batch_leaves_the_others_their_room():
+    model = GPT(preset("nano", vocab_size=7, max_positions=12, num_layers=1))
+    prompts = [[1] * 11, [2], [3, 4, 5]]
+    together = generate(model, prompts, stop=[], max_new=10)
+    assert [len(answer.tokens) for answer in together] == [1, 10, 9]
+    assert together == [generate(model, [prompt], stop=[], max_new=10)[0] for prompt in prompts]

@@ -261,7 +261,9 @@ def test_a_second_interrupt_stops_at_once(chats, tmp_path, monkeypatch):
         (["--epochss", "3"], "no option --epochss"),
         (["--lr", "fast"], "--lr must be a number"),
         (["--seq", "4"], "context of 4 tokens is shorter than"),
-        (["--resume"], "cannot be read"),
+        (["--resume"], "holds no checkpoint to go on from"),
+        (["--steps", "3", "--minutes", "1"], "both say when to stop"),
+        (["--recompute", "some"], "cannot recompute 'some'"),
     ],
 )
 def test_bad_input_is_one_sentence(words, message, chats, tmp_path, capsys):

@@ -26,6 +26,8 @@ from minispeed.chat.skills import (
     SKILLS,
     eval_conversations,
     numbers,
+    put_before,
+    string_together,
     train_conversations,
     words as words_module,
     write_jsonl,
@@ -426,3 +428,21 @@ def test_jsonl_keeps_turns_task_and_metric(tmp_path):
 def test_a_mistake_is_named(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_strung_together_nothing_is_lost_and_much_is_joined():
+    parts = list(trained(3_000))
+    whole = string_together(parts, seed=1)
+    assert [turn for one in whole for turn in one.turns] == [turn for one in parts for turn in one.turns]
+    assert 0.6 < len(whole) / len(parts) < 0.75
+    assert {one.task for one in whole} == set(SKILLS)
+
+
+def test_what_stands_before_a_held_out_question_is_held_out_and_of_another_kind():
+    plain, put = evaluated(), put_before(evaluated(), seed=1)
+    seen = {prompt for conversation in trained() for prompt, _ in exchanges(conversation)}
+    for index, (one, other) in enumerate(zip(plain, put, strict=True)):
+        assert other.turns[-len(one.turns) :] == one.turns and (one.task, one.metric) == (other.task, other.metric)
+        before = other.turns[: -len(one.turns)]
+        assert len(before) == (2 if index % 3 == 2 else 0)
+        assert not before or before[0].text not in seen

@@ -176,8 +176,8 @@ class DemoOptions(Options):
     conversations: int = option(60000, help="how many to write for training", low=100)
     score: int = option(50, help="held-out prompts per skill", low=1)
     lr: float | None = option(None, help="learning rate at its highest", low=0)
-    batch: int = option(8, help="rows per step", unit="rows", low=1)
-    seq: int = option(128, help="length of a row", unit="tokens", low=64)
+    batch: int = option(5, help="rows per step", unit="rows", low=1)
+    seq: int = option(192, help="length of a row, and of a conversation that it can follow", unit="tokens", low=64)
     vocab_size: int = option(400, help="size of the tokenizer", unit="tokens", low=262)
     attention: str = option(
         "reference", help="which implementation", choices=("fused", "tiled", "reference")

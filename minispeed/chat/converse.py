@@ -17,7 +17,7 @@ from minispeed.collective.world import best_device
 from minispeed.errors import UserError
 from minispeed.model.generate import Sampling, decode
 
-RESERVE = 16  # positions that are kept free for an answer
+RESERVE = 48  # positions that are kept free for an answer
 
 
 def converse(options: ChatOptions) -> int:

@@ -28,6 +28,8 @@ from minispeed.chat.skills import (
     REFUSAL,
     SKILLS,
     eval_conversations,
+    put_before,
+    string_together,
     train_conversations,
     write_jsonl,
 )
@@ -35,6 +37,8 @@ from minispeed.collective.world import best_device
 from minispeed.errors import UserError
 from minispeed.model.generate import Sampling
 from minispeed.model.gpt import GPT
+from minispeed.model.presets import preset
+from minispeed.precision import choose_precision
 
 LONGEST_ANSWER = 128  # tokens
 UNTRAINED_PROMPTS = 5  # per skill: they are all answered with noise
@@ -44,9 +48,11 @@ def demo(options: DemoOptions) -> int:
     """Do `minispeed demo`. Returns the exit code."""
     start = time.perf_counter()
     folder = options.out / "conversations"
+    preset(options.model)  # what is wrong is said before an earlier demo is replaced
+    choose_precision(options.dtype)
     clear(options)
-    train = train_conversations(options.conversations, seed=options.seed)
-    held_out = eval_conversations(options.score, seed=options.seed)
+    train = string_together(train_conversations(options.conversations, seed=options.seed), seed=options.seed)
+    held_out = put_before(eval_conversations(options.score, seed=options.seed), seed=options.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "train.jsonl", train)
     write_jsonl(folder / "held-out.jsonl", held_out)

@@ -185,6 +185,8 @@ def evaluate_run(options: EvalOptions) -> int:
     """Do `minispeed eval`: print a table, or JSON, of a run's loss and answers."""
     use_threads(options.threads)
     chat = ChatModel.load(options.run, device=best_device())
+    if options.pattern is not None:
+        found_by(options.pattern, [])  # a wrong one is said before anything is answered
     conversations = list(_conversations(options))
     if not conversations:
         raise UserError("there is nothing to score: no conversation was read", fix="--data FILE")

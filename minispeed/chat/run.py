@@ -55,6 +55,8 @@ class ChatModel:
 
         Raises  UserError naming the file that is missing, damaged or disagrees with the configuration
         """
+        if not directory.is_dir():
+            raise UserError(f"there is no directory {directory}", fix="the --out of a finished `minispeed sft`")
         for name in (TOKENIZER, TEMPLATE, WEIGHTS):
             if not (directory / name).exists():
                 raise UserError(f"{directory} holds no {name}", fix="the --out of a finished `minispeed sft`")
@@ -102,12 +104,21 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(self, *, resume: bool, replace: bool = False) -> None:
-        """Make the directory.  Raises UserError if it holds a run already and may be neither resumed nor replaced."""
-        if (self.path / "run.json").exists() and not resume and not replace:
-            raise UserError(f"{self.path} already holds a run", fix="--resume to go on, or another --out")
+    def check(self, *, resume: bool) -> None:
+        """Raise UserError if a run cannot go here: another run, something else, or, to go on, no checkpoint."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file", fix="another --out")
+        held = sorted(path.name for path in self.path.iterdir()) if self.path.exists() else []
+        foreign = [name for name in held if name not in ("conversations", "tokenised")]  # what a demo starts with
         if resume and not (self.path / "checkpoints" / "last").exists():
             raise UserError(f"{self.path} holds no checkpoint to go on from", fix="the command without --resume")
+        if "run.json" in held and not resume:
+            raise UserError(f"{self.path} already holds a run", fix="--resume to go on, or another --out")
+        if foreign and not resume:
+            raise UserError(f"{self.path} holds {foreign[0]}, which is no run's", fix="another --out")
+
+    def create(self, *, resume: bool) -> None:
+        """Make the directory, after `check`.  Raises UserError if it cannot be made"""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

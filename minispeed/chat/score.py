@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minispeed.chat.conversation import Conversation
+from minispeed.errors import UserError
 
 NUM_BUCKETS = 4096  # of hashed character trigrams
 
@@ -104,8 +105,14 @@ def summarise_tasks(answered: Iterable[Answered]) -> dict[str, dict[str, Any]]:
 
 
 def found_by(pattern: str, answered: Sequence[Answered]) -> float:
-    """Return the share of answers in which the regular expression is found."""
-    return sum(bool(re.search(pattern, a.answer)) for a in answered) / max(1, len(answered))
+    """Return the share of answers in which the regular expression is found.  Raises UserError if it is none"""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"--pattern {pattern!r} is no regular expression: {error}", fix=repr(re.escape(pattern))
+        ) from error
+    return sum(bool(expression.search(a.answer)) for a in answered) / max(1, len(answered))
 
 
 def split_last(conversation: Conversation) -> tuple[tuple[Any, ...], str]:

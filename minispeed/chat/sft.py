@@ -30,6 +30,7 @@ from minispeed.precision import DTYPES, Precision, choose_precision
 
 def sft(options: SftOptions) -> int:
     """Do `minispeed sft`, on as many ranks as asked for or as torchrun has started. Returns the exit code."""
+    check_options(options)
     if under_torchrun():
         return launch(run_rank, options, ranks=options.ranks if options.ranks > 1 else None)[0]
     if options.ranks == 1:
@@ -37,6 +38,15 @@ def sft(options: SftOptions) -> int:
     open_model_and_data(recall(options) if options.resume else options)  # what is wrong with them is said here, once
     with interrupts_left_to_ranks():
         return launch(run_rank, options, ranks=options.ranks, backend=backend_for(options.ranks))[0]
+
+
+def check_options(options: SftOptions) -> None:
+    """Raise UserError for what can be told before any data is read."""
+    told = [name for name in ("steps", "epochs", "minutes") if getattr(options, name) is not None]
+    if len(told) > 1 and not options.resume:
+        raise UserError(f"--{told[0]} and --{told[1]} both say when to stop", fix=f"--{told[0]} alone")
+    if not options.dry_run:
+        RunDirectory(options.out).check(resume=options.resume)
 
 
 def run_rank(world: World, options: SftOptions) -> int:
@@ -114,6 +124,8 @@ def open_model_and_data(options: SftOptions) -> tuple[ChatModel, Prepared, bool]
     )
     if from_scratch:
         config = preset(options.model, vocab_size=prepared.tokenizer.size, attention=options.attention)
+        if config.positions == "rotary":  # it reads as far as it was trained, and says so
+            config = replace(config, max_positions=options.seq or min(DEFAULT_SEQ, config.max_positions))
         chat = ChatModel(GPT(config, seed=options.seed), prepared.tokenizer, prepared.template)
     else:
         chat = ChatModel.load(directory, attention=options.attention)

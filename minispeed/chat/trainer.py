@@ -85,6 +85,8 @@ class Trainer:
                 fix=f"--batch {-(-options.batch // group.size) * group.size}",
             )
         assert options.micro_batch
+        if not prepared.train.learnt[:].any():
+            raise UserError("no token of the training data is learnt: it holds no answer", fix="--train-on all")
         weights = options.weights or None
         self.packing = Packing(prepared.train, seq=options.seq, batch=options.batch, seed=options.seed, weights=weights)
         self.eval_packing = None
@@ -119,6 +121,7 @@ class Trainer:
             clip=options.clip,
         )
         self.progress = Progress()
+        self.deadline = math.inf  # seconds in updates after which a run that was given minutes ends at once
         self.pace: list[float] = []  # seconds of each update so far, while the number of steps is still open
         self.bar = tqdm(disable=True)
 
@@ -153,6 +156,8 @@ class Trainer:
                 if self.is_due(step, self.options.save_every):
                     self.save(best=False)
                 if stopping := self.any_rank(interrupted.is_set()):
+                    break
+                if self.is_late():
                     break
             self.bar.close()
         if stopping and self.engine.step < (self.total or math.inf):
@@ -193,10 +198,13 @@ class Trainer:
 
     def set_total(self) -> None:
         """Once the learning rate has risen, measure the pace and fix the number of steps that fill the time."""
-        if len(self.pace) < max(5, self.options.warmup or 0):
-            return
         assert self.options.minutes is not None
-        left = self.options.minutes * 60 - self.progress.seconds
+        budget = self.options.minutes * 60
+        is_slow = len(self.pace) >= 3 and self.progress.seconds > 0.15 * budget
+        if not self.all_ranks(is_slow or len(self.pace) >= max(5, self.options.warmup or 0)):
+            return
+        self.deadline = budget
+        left = budget - self.progress.seconds
         steps = torch.tensor([max(1, round(left / statistics.median(self.pace[len(self.pace) // 2 :])))])
         self.group.broadcast(steps, 0).wait()
         self.total = self.engine.step + int(steps)
@@ -316,11 +324,25 @@ class Trainer:
             text += f"\nit was better at step {best.best_step} (loss {best.best_loss:.3f}): checkpoints/best holds it"
         return text
 
+    def is_late(self) -> bool:
+        """Whether a tenth more than the minutes asked for is over: the machine has become slower than it was."""
+        if math.isinf(self.deadline) or not self.any_rank(self.progress.seconds > 1.1 * self.deadline):
+            return False
+        self.say(
+            f"the time is over at step {self.engine.step} of {self.total}: the machine became slower than it was, and "
+            "the learning rate never came down"
+        )
+        return True
+
     def is_due(self, step: int, every: int | None) -> bool:
         """Whether something that happens every so often (by default eight times a run) happens after this step."""
         if not self.total:
             return False
         return step % (every or max(1, self.total // 8)) == 0 and step < self.total
+
+    def all_ranks(self, flag: bool) -> bool:
+        """Whether the flag is set on every rank."""
+        return not self.any_rank(not flag)
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

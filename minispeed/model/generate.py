@@ -78,11 +78,13 @@ def decode(
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the next token of every row, (B,) int64, up to `max_new` times. The caller stops it.
+    """Yield the next token of every row, (B,) int64, up to `max_new` times or until every row is full.
 
-    Raises  UserError if a prompt is empty or the longest leaves no room in the model's positions
+    What is yielded for a row after it is full (`check_room`) means nothing. The caller may stop before.
+
+    Raises  UserError if a prompt is empty or leaves no room in the model's positions
     """
-    room = check_room(model, prompts, max_new)
+    room = max(check_room(model, prompts, max_new))
     sampling = sampling or Sampling()
     device = model.embed.tokens.weight.device
     T = max(map(len, prompts))
@@ -103,12 +105,12 @@ def decode(
         features = model.features(tokens, positions=positions, documents=documents, cache=cache)
         chosen = sampling.choose(model.head(features[:, -1]), generator)
         yield chosen
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
+        tokens, positions = chosen[:, None], (positions[:, -1:] + 1).clamp(max=config.max_positions - 1)
         documents = torch.full_like(tokens, PROMPT)
 
 
-def check_room(model: GPT, prompts: Sequence[Sequence[int]], max_new: int) -> int:
-    """Return how many tokens can be written after the longest prompt, at most `max_new`."""
+def check_room(model: GPT, prompts: Sequence[Sequence[int]], max_new: int) -> list[int]:
+    """Return how many tokens can be written after each prompt, at most `max_new`."""
     longest, places = max(map(len, prompts), default=0), model.config.max_positions
     if not prompts or not min(map(len, prompts)):
         raise UserError("a prompt has no tokens", fix="at least one token, usually the template's first")
@@ -117,7 +119,7 @@ def check_room(model: GPT, prompts: Sequence[Sequence[int]], max_new: int) -> in
             f"the prompt has {longest} tokens, and the model reads at most {places}",
             fix="a shorter conversation",
         )
-    return min(max_new, places - longest)
+    return [min(max_new, places - len(prompt)) for prompt in prompts]
 
 
 def generate(
@@ -135,14 +137,15 @@ def generate(
     stopped = [False] * len(prompts)
     if not prompts:
         return []
+    room = check_room(model, prompts, max_new)
     for chosen in decode(model, prompts, max_new=max_new, sampling=sampling, generator=generator):
         for row, token in enumerate(chosen.tolist()):
-            if stopped[row]:
+            if stopped[row] or len(written[row]) == room[row]:
                 continue
             if token in stops:
                 stopped[row] = True
             else:
                 written[row].append(token)
-        if all(stopped):
+        if all(over or len(tokens) == most for over, tokens, most in zip(stopped, written, room)):
             break
     return [Answer(tokens, over) for tokens, over in zip(written, stopped)]

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from minispeed.collective.group import Group
 from minispeed.errors import UserError
+from minispeed.zero.division import buckets_of, check_names, units_of
 from minispeed.zero.table import TABLE, check_stage
 from minispeed.zero.unit import Dtypes, Rooms, ShardedUnit
 
@@ -78,9 +79,9 @@ class ShardedModel:
         if not trainable:
             raise UserError(f"none of the {len(parameters)} parameters requires a gradient", fix="requires_grad_(True)")
         param_groups = param_groups or [trainable]
-        _check_names(param_groups, trainable, "parameter group")
+        check_names(param_groups, trainable, "parameter group")
         division = units or units_of(module)
-        _check_names(list(division.values()), list(parameters), "unit")
+        check_names(list(division.values()), list(parameters), "unit")
         if bucket is not None and stage < 3:
             division = buckets_of({name: p.numel() for name, p in parameters.items()}, bucket)
         self.units: list[ShardedUnit] = []
@@ -125,7 +126,8 @@ class ShardedModel:
         for name, p in unit.parameters.items():
             self._owner[id(p)] = unit
             if p.requires_grad:
-                p.register_hook(lambda gradient, unit=unit: self._expects_gradient(unit))
+                if unit.stage == 3:
+                    p.register_hook(lambda gradient, unit=unit: self._expects_gradient(unit))
                 p.register_post_accumulate_grad_hook(partial(self._got_gradient, unit, name))
         if home is not None:
             home.register_forward_pre_hook(lambda module, args: self._enter(unit), prepend=True)
@@ -340,53 +342,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for one in value.values():
             yield from _tensors(one)
-
-
-def units_of(module: nn.Module) -> dict[str, list[str]]:
-    """Divide a model: each element of a list of modules is a unit, so is each other child of the root.
-
-    Returns  names of parameters by the name of the module that uses them; "" is the root
-    """
-    division: dict[str, list[str]] = {}
-    homes = [
-        f"{where}.{child}" if where else child
-        for where, parent in module.named_modules()
-        if isinstance(parent, (nn.ModuleList, nn.Sequential))
-        for child, _ in parent.named_children()
-    ]
-    outermost = [home for home in homes if not any(home.startswith(f"{other}.") for other in homes)]
-    for name, _ in module.named_parameters():
-        home = next((home for home in outermost if name.startswith(f"{home}.")), name.rpartition(".")[0].split(".")[0])
-        division.setdefault(home, []).append(name)
-    return division
-
-
-def buckets_of(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
-    """Divide parameters by size alone: neighbours together, up to `most` elements; a longer one is alone.
-
-    sizes    elements by name, in the model's order
-    Returns  names by the bucket's name, which is no module's
-    """
-    if most < 1:
-        raise UserError(f"a bucket of {most} elements", fix="1 or more")
-    division: dict[str, list[str]] = {}
-    filled = 0
-    for name, size in sizes.items():
-        if not division or filled + size > most:
-            division[f"bucket {len(division)}"], filled = [], 0
-        division[f"bucket {len(division) - 1}"].append(name)
-        filled += size
-    return division
-
-
-def _check_names(parts: Sequence[Sequence[str]], names: Sequence[str], what: str) -> None:
-    """Raise UserError unless every name is in exactly one part."""
-    given = [name for part in parts for name in part]
-    for name in given:
-        if name not in names:
-            raise UserError(f"a {what} names {name}, which is not the model's", fix="names of model.named_parameters()")
-        if given.count(name) > 1:
-            raise UserError(f"{name} is in more than one {what}", fix="each name once")
-    for name in names:
-        if name not in given:
-            raise UserError(f"{name} is in no {what}", fix="each name once")

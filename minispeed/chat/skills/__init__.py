@@ -27,6 +27,8 @@ __all__ = [
     "SKILLS",
     "Skill",
     "eval_conversations",
+    "put_before",
+    "string_together",
     "train_conversations",
     "write_jsonl",
 ]
@@ -68,7 +70,7 @@ _ROWS: tuple[tuple[str, str, str, float, Exchange, str], ...] = (
     ("units", "rules", "exact", 0.6, numbers.convert, "convert km, cm, kg, cents, ... by powers of ten"),
     ("calendar", "rules", "exact", 0.9, numbers.count_days, "the weekday up to 40 days from now"),
     ("backwards", "rules", "exact", 2.1, language.spell_backwards, "spell a word backwards"),
-    ("letters", "rules", "exact", 2.6, language.count_letters, "count a letter in a word"),
+    ("letters", "rules", "exact", 3.2, language.count_letters, "count a letter in a word"),
     ("sentiment", "rules", "label", 0.9, language.judge_review, "is a review positive, negative or mixed"),
     ("translation", "rules", "exact", 0.6, language.translate, "English to Speedish, a made-up language"),
     ("remembering", "rules", "exact", 1.8, turns.remember, "a name, a number, a color, told turns ago"),
@@ -116,6 +118,34 @@ def eval_conversations(per_skill: int, *, seed: int = 0) -> list[Conversation]:
     if per_skill < 1:
         raise UserError(f"cannot evaluate on {per_skill} conversations of each skill", fix="1 or more")
     return [conversation for skill in SKILLS.values() for conversation in _distinct(skill, per_skill, seed)]
+
+
+def string_together(conversations: Sequence[Conversation], *, seed: int = 0) -> list[Conversation]:
+    """Join conversations in order, some of what comes out being two or three of them.
+
+    People ask one thing after another, so a model must learn to answer whatever was said before.
+    """
+    rng, left, joined = random.Random(f"together {seed}"), list(reversed(conversations)), []
+    while left:
+        joined.append(_join([left.pop() for _ in range(min(len(left), rng.choices((1, 2, 3), (6, 3, 1))[0]))]))
+    return joined
+
+
+def put_before(conversations: Sequence[Conversation], *, seed: int = 0) -> list[Conversation]:
+    """Let every third of held-out conversations follow an exchange of another kind, held out too."""
+    rng = random.Random(f"before {seed}")
+    before = [skill for skill in SKILLS.values() if skill.name != "remembering"]
+    found = list(conversations)
+    for index in range(2, len(found), 3):
+        other = rng.choice([skill for skill in before if skill.name != found[index].task])
+        found[index] = _join([other.make(rng, True), found[index]])
+    return found
+
+
+def _join(conversations: Sequence[Conversation]) -> Conversation:
+    """Return one conversation of several; it counts as the last one's skill."""
+    turns = tuple(turn for conversation in conversations for turn in conversation.turns)
+    return Conversation(turns, conversations[-1].task, conversations[-1].metric)
 
 
 def write_jsonl(path: str | PathLike[str], conversations: Iterable[Conversation]) -> None:
