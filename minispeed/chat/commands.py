@@ -185,6 +185,8 @@ class DemoOptions(Options):
     dtype: str = option(
         "auto", help="of parameters and products; auto measures", choices=("auto", "bf16", "fp16", "fp32", "fp64")
     )
+    ranks: int = option(1, help="processes that share the training; on 2 cores one is faster", low=1)
+    zero: int = option(0, help="ZeRO stage: what the ranks cut among them", choices=(0, 1, 2, 3))
     seed: int = option(0, help="the same seed gives the same weights, bit for bit", low=0)
     threads: int = option(0, help="threads that torch computes with; 0 takes every core", low=0)
     chat: bool = option(True, help="talk to it at the end, if there is a terminal")

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ def demo(options: DemoOptions) -> int:
     """Do `minispeed demo`. Returns the exit code."""
     start = time.perf_counter()
     folder = options.out / "conversations"
+    if options.batch % options.ranks:
+        options = replace(options, batch=-(-options.batch // options.ranks) * options.ranks)
     preset(options.model)  # what is wrong is said before an earlier demo is replaced
     choose_precision(options.dtype)
     clear(options)
@@ -106,6 +108,8 @@ def training_options(options: DemoOptions) -> SftOptions:
         dtype=options.dtype,
         seed=options.seed,
         threads=options.threads,
+        ranks=options.ranks,
+        zero=options.zero,
         samples=4,
         score=0,
         max_new=LONGEST_ANSWER,

@@ -94,15 +94,15 @@ MUTATIONS = [
     Mutation(
         "sum gradients twice",
         UNIT,
-        "mine = mine.to(self.dtypes.gradient)",
-        "mine = (mine * 2).to(self.dtypes.gradient)",
+        "wide = mine.to(self.dtypes.gradient)",
+        "wide = (mine * 2).to(self.dtypes.gradient)",
         LATTICE,
     ),
     Mutation(
         "keep the gradients that were reduced, and reduce them again",
         UNIT,
-        "            self.full = None\n            if self.whole:",
-        "            if self.whole:",
+        "room, self.full = self.full, None",
+        "room = self.full",
         LATTICE,
     ),
     Mutation(
@@ -118,8 +118,8 @@ MUTATIONS = [
     Mutation(
         "all-reduce the largest in place of the sum",
         UNIT,
-        "self.group.all_reduce(sent), sent, sent",
-        'self.group.all_reduce(sent, "max"), sent, sent',
+        "self.group.all_reduce(sent), room",
+        'self.group.all_reduce(sent, "max"), room',
         LATTICE,
     ),
     Mutation(
