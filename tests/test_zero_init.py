@@ -10,7 +10,7 @@ from torch import nn
 from minispeed.census import Census
 from minispeed.collective.group import SoloGroup
 from minispeed.collective.threads import run_threads
-from minispeed.engine import Engine
+from minispeed.engine import Engine, MicroBatch
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
@@ -197,3 +197,24 @@ def test_a_released_parameter_shows_its_name_and_shape_and_no_memory():
         return sum(p.numel() for p in run.model.parameters())
 
     assert run_threads(look, 2) == [sum(p.numel() for p in GPT(CONFIG).parameters())] * 2
+
+
+def test_a_view_kept_from_a_look_stays_readable_and_training_goes_on():
+    """The memory under it is not taken back: to read it would kill the process."""
+
+    def look(group):
+        run = engine(group, 3)
+        with run.sharded.gathered():
+            kept = {name: p.detach() for name, p in run.model.named_parameters()}
+        with GatheredParameters([run.model.norm.weight]):
+            gain = run.model.norm.weight.detach()
+        tokens = torch.arange(8)[None]
+        zeros = torch.zeros_like(tokens)
+        for _ in range(2):
+            run.train_step([MicroBatch(tokens, tokens, tokens, zeros, zeros)])
+        fresh = GPT(CONFIG)
+        assert all(torch.equal(kept[name], p) for name, p in fresh.named_parameters()) and gain.eq(1).all()
+        with run.sharded.gathered():
+            assert not torch.equal(run.model.embed.tokens.weight, kept["embed.tokens.weight"])
+
+    run_threads(look, 3)

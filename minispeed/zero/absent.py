@@ -39,6 +39,9 @@ class Owner(Protocol):
     def reshard(self) -> None:
         """Release them, as they were before `unshard` or `take`."""
 
+    def let_go(self) -> None:
+        """Release them so that views of them stay readable: copies of what they were."""
+
     def take(self, root: int) -> None:
         """Make the values that rank `root` has now everybody's."""
 

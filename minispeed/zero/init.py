@@ -67,6 +67,10 @@ class Piece:
             self.p.data = flat.new_empty(0)
             self.p.__class__ = self._absent
 
+    def let_go(self) -> None:
+        """Keep my part alone; `reshard` frees nothing that somebody else holds."""
+        self.reshard()
+
     def take(self, root: int) -> None:
         """Make the value on rank `root` everybody's.
 
@@ -176,4 +180,4 @@ def GatheredParameters(  # noqa: N802 DeepSpeed's name
             raise UserError("a parameter was changed, and no rank's change counts", fix="modifier_rank=0")
     finally:
         for owner in released:
-            owner.reshard()
+            owner.let_go()

@@ -123,6 +123,7 @@ class ShardedModel:
         self.units.append(unit)
         self._depth[id(unit)] = 0
         self._owner[unit.flat.untyped_storage()._cdata] = unit
+        unit.on_new_storage = partial(self._follow, unit)
         for name, p in unit.parameters.items():
             self._owner[id(p)] = unit
             if p.requires_grad:
@@ -133,6 +134,11 @@ class ShardedModel:
             home.register_forward_pre_hook(lambda module, args: self._enter(unit), prepend=True)
             home.register_forward_hook(lambda module, args, out: self._leave(unit), always_call=True)
         unit.at("after forward")
+
+    def _follow(self, unit: ShardedUnit, old: Any, new: Any) -> None:
+        """Know a unit's views by its new storage."""
+        self._owner.pop(old._cdata, None)
+        self._owner[new._cdata] = unit
 
     # ---- forward
 
@@ -316,6 +322,9 @@ class ShardedModel:
             yield self.module
         finally:
             self._is_gathered = False
+            for unit in self.units:
+                if unit.stage == 3:
+                    unit.let_go()
             self._rest()
 
 

@@ -137,6 +137,7 @@ class ShardedUnit:
         self.full: Tensor | None = None  # gradients of all parameters, not yet summed over ranks
         self.gradient: Tensor | None = None
         self.is_released = False
+        self.on_new_storage: Callable[[Any, Any], None] = lambda old, new: None
         self._gathering: Work | None = None
         # the call, the room of the gradients, what is sent, my part of the sum
         self._reducing: tuple[Work, Tensor, Tensor, Tensor] | None = None
@@ -251,6 +252,18 @@ class ShardedUnit:
         if self._room is None:
             self._room = torch.empty(size, dtype=dtype, device=device)
         return self._room
+
+    def let_go(self) -> None:
+        """Release the parameters after somebody has looked at them, leaving the memory to the views that he kept.
+
+        `reshard` would shrink it under them, and to read one would kill the process.
+        """
+        if self.is_released:
+            return
+        old = self._storage
+        self._storage = self.flat.new_empty(0).untyped_storage()
+        self.reshard()
+        self.on_new_storage(old, self._storage)
 
     def collect(self) -> None:
         """Move p.grad of every parameter into one buffer, adding; None counts as zero.
