@@ -13,6 +13,7 @@ from minispeed.engine import Engine, MicroBatch
 from minispeed.ledger import held, paper_bytes, sent, shard_size
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
+from minispeed.model.recompute import recompute
 from minispeed.precision import Precision
 from minispeed.schedules import constant
 from minispeed.testing.measure import measure_held
@@ -97,6 +98,27 @@ def test_small_units_stay_whole_at_stage_3(ranks, threshold, micro):
     elements = sum(event.sent for event in trace.events if event.bytes > SCALARS) / 4
     per_rank = (sent([size], ranks=ranks, stage=3 if size >= threshold else 2, micro=micro) for size in sizes)
     assert elements == round(ranks * sum(per_rank))
+
+
+@pytest.mark.parametrize("what", ["none", "all", "attention"])
+def test_recomputation_gathers_nothing_twice(what):
+    """A layer that runs again in the backward is whole for it already, and stays so until its gradients are there."""
+    trace = Trace()
+
+    def train(group):
+        engine = make(Traced(group, trace), 3, Precision(torch.float32))
+        recompute(engine.model, what)
+        engine.train_step([rows(group.rank, 0)])
+        engine.group.all_reduce(torch.zeros(1)).wait()
+        if group.rank == 0:
+            trace.clear()
+        engine.group.all_reduce(torch.zeros(1)).wait()
+        engine.train_step([rows(group.rank, 0)])
+        return [unit.num_elements for unit in engine.sharded.units]
+
+    sizes = run_threads(train, 3)[0]
+    elements = sum(event.sent for event in trace.events if event.bytes > SCALARS) / 4
+    assert elements == round(3 * sent(sizes, ranks=3, stage=3))
 
 
 @pytest.mark.parametrize("gradient_bytes, whole", [(2, 16), (4, 18)])

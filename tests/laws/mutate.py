@@ -158,7 +158,7 @@ MUTATIONS = [
         SHARDED,
         "and not self._in_backward and not",
         "and not",
-        LATTICE,
+        LEDGER,
     ),
     Mutation(
         "stage 3 keeps every unit whole after its forward",
