@@ -56,6 +56,8 @@ def where() -> dict[str, Any]:
 
 
 def _spell(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:,.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -126,7 +126,7 @@ def fsdp(world: World, dtype: torch.dtype) -> tuple[Step, Callable[[], int]]:
     return step, lambda: held([*(p.to_local() for p in model.parameters()), *map(local, states(optimizer))])
 
 
-def deepspeed(world: World, dtype: torch.dtype, stage: int) -> tuple[Step, Callable[[], int]]:
+def deepspeed(world: World, dtype: torch.dtype, stage: int) -> tuple[Step, Callable[[], None]]:
     """DeepSpeed's engine with torch's fused AdamW."""
     os.environ |= {"RANK": str(world.rank), "LOCAL_RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
     import deepspeed as peer
@@ -149,7 +149,7 @@ def deepspeed(world: World, dtype: torch.dtype, stage: int) -> tuple[Step, Calla
         engine.step()
         return loss.detach()
 
-    return step, lambda: 0  # its states are behind several wrappers: not counted
+    return step, lambda: None  # its states are behind several wrappers: not counted
 
 
 def states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -210,7 +210,7 @@ def compare(world: World, dtype_name: str, peers: bool) -> list[dict[str, object
                 "CPU time of DDP's": statistics.median(cpu),
                 "lowest": min(cpu),
                 "highest": max(cpu),
-                "bytes per parameter": kept() / P,
+                "bytes per parameter": None if (bytes_kept := kept()) is None else bytes_kept / P,
             }
         )
     return rows

@@ -330,7 +330,7 @@ class Trainer:
             return False
         self.say(
             f"the time is over at step {self.engine.step} of {self.total}: the machine became slower than it was, and "
-            "the learning rate never came down"
+            "the learning rate never came down; run.json repeats the run as it was planned, not as it ended"
         )
         return True
 

@@ -6,7 +6,7 @@ Where the moments come from:
 - before backward: whatever autograd saved of a released buffer is unsharded when it is taken out again, and a unit of
   which nothing was saved when its first gradient arrives
 - gradients complete: a hook on each parameter; a unit is reduced when it and all that come before it are complete, so
-  that every rank reduces in one order, the reverse of the first forward; what is missing at the end counts as zeros
+  that every rank reduces in one order, the reverse of rank 0's first forward; what is missing at the end counts as zeros
 
 ZeRO, Rajbhandari et al. 2020, section 5.2.  https://arxiv.org/abs/1910.02054
 """
@@ -42,7 +42,7 @@ class Offload:
 
 
 class ShardedModel:
-    """A module whose parameters live in sharded units; `units` in the order of the first forward."""
+    """A module whose parameters live in sharded units; `units` in the order of their division."""
 
     def __init__(
         self,

@@ -68,11 +68,6 @@ class Rooms:
         storage = buffer.untyped_storage()
         self._free.append(torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(storage))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept and not in use."""
-        return sum(room.numel() for room in self._free)
-
 
 class ShardedUnit:
     """The parameters of one module; `masters` are what the optimizer updates.
@@ -94,7 +89,7 @@ class ShardedUnit:
         states_on: torch.device | None = None,
         shard_on: torch.device | None = None,
         on_read: Callable[["ShardedUnit"], bool] = lambda unit: False,
-        rooms: "Rooms | None" = None,
+        rooms: Rooms | None = None,
     ) -> None:
         """Copy the parameters into a flat buffer; from now on each is a view of it.
 
@@ -342,10 +337,7 @@ class ShardedUnit:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round my masters into my shard of the buffer, and drop the gradients."""
-        self.gradient = None
-        for master in self.masters:
-            master.grad = None
+        """Round my masters into my shard of the buffer."""
         if self.master is not self.shard:
             self._move(self.master, self.shard, self.has_states_away)
 
