@@ -10,8 +10,7 @@ Masters and half-precision parameters: Micikevicius et al. 2017, section 3.1 (ht
 Clipping by the global norm: Pascanu et al. 2013, section 3.2 (https://arxiv.org/abs/1211.5063).
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,21 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from minispeed.checkpoint import Piece
+from minispeed.clip import clip_factor, norm_of, too_small
 from minispeed.collective.agree import agree
 from minispeed.collective.group import Group, SoloGroup
+from minispeed.collective.numbers import everyones, sums_of
 from minispeed.errors import UserError
-from minispeed.layout import Interval
 from minispeed.model.loss import IGNORED
 from minispeed.optim import AdamW, check_elementwise, decay_groups
 from minispeed.precision import Precision
 from minispeed.scaler import LossScaler
-from minispeed.schedules import OneCycle, Schedule
+from minispeed.schedules import Schedule, constant, set_rates
+from minispeed.snapshot import Source, pieces_of, put_back
 from minispeed.zero.absent import owner_of
 from minispeed.zero.sharded import Offload, ShardedModel
-from minispeed.zero.unit import Dtypes, ShardedUnit
-
-SMALLEST_FP16 = 2.0**-24
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from minispeed.zero.unit import Dtypes
 
 
 class MicroBatch(NamedTuple):
@@ -94,13 +92,14 @@ class Engine:
         group: Group | None = None,
         *,
         precision: Precision,
-        schedule: Schedule,
-        lr: float,
+        schedule: Schedule = constant,
+        lr: float = 1e-3,
         zero: int = 0,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         clip: float = 0.0,
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        param_groups: Sequence[Mapping[str, Any]] | None = None,
         units: Mapping[str, Sequence[str]] | None = None,
         scaler: LossScaler | None = None,
         bucket: int | None = None,
@@ -111,13 +110,16 @@ class Engine:
     ) -> None:
         """Take over the model's parameters; every rank starts from rank 0's values.
 
-        zero        ZeRO stage
-        clip        largest global norm of the gradient; 0 leaves it alone
-        optimizer   makes the optimizer of groups {"params", "weight_decay"}; our AdamW when absent
-        scaler      the loss scale and how it changes; fp16 needs one
+        zero          ZeRO stage
+        clip          largest global norm of the gradient; 0 leaves it alone
+        optimizer     makes the optimizer of groups {"params", ...}; our AdamW when absent. On a rank that owns nothing
+                      of a group (fewer elements than ranks) its "params" are empty
+        param_groups  {"names", ...}: the trainable parameters by group, each with the optimizer's settings of that
+                      group; matrices with `weight_decay` and vectors without when absent
+        scaler        the loss scale and how it changes; fp16 needs one
         units, bucket, overlap, prefetch, persistence, offload   see `ShardedModel`
-        Holds       see `minispeed.zero.table`
-        Raises      UserError if the ranks built different models, nothing is trainable, or fp16 has no scaler
+        Holds         see `minispeed.zero.table`
+        Raises        UserError if the ranks built different models, nothing is trainable, or fp16 has no scaler
         """
         if precision.needs_scaler and scaler is None:
             raise UserError(
@@ -140,7 +142,7 @@ class Engine:
         agree(self.group, settings | {f"parameter {name}": _describe(p) for name, p in model.named_parameters()})
         for tensor in [*(p for p in model.parameters() if owner_of(p) is None), *model.buffers()]:
             self.group.broadcast(tensor.detach(), 0).wait()  # who has an owner was born with equal values
-        groups = decay_groups(model, weight_decay)
+        groups = [dict(of) for of in param_groups or decay_groups(model, weight_decay)]
         accumulate = precision.accumulate or precision.master
         dtypes = Dtypes(
             compute=precision.compute,
@@ -155,7 +157,7 @@ class Engine:
             self.group,
             stage=zero,
             dtypes=dtypes,
-            param_groups=[group["names"] for group in groups],
+            param_groups=[of["names"] for of in groups],
             units=units,
             bucket=bucket,
             overlap=overlap,
@@ -166,27 +168,15 @@ class Engine:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(precision.compute)
-        for group_of, masters in zip(groups, self._masters_by_group(len(groups))):
-            group_of["params"] = masters
-        made = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups if g["params"]]
-        # a rank may own nothing at all: fewer elements than ranks
-        make = optimizer or (lambda groups: AdamW(groups, lr=lr, betas=betas))
+        for of, masters in zip(groups, self.sharded.masters_by_group(len(groups)), strict=True):
+            del of["names"]
+            of["params"] = masters
         try:
-            self.optimizer = make(made) if made else None
+            self.optimizer = (optimizer or (lambda groups: AdamW(groups, lr=lr, betas=betas)))(groups)
         except ValueError as error:
             how = "each a whole tensor" if zero == 0 else f"at ZeRO stage {zero} flat shards of many"
             raise UserError(f"the optimizer refuses the parameters, {how}: {error}", fix="zero=0, or AdamW") from error
-        if self.optimizer is not None:
-            check_elementwise(self.optimizer, zero)
-
-    def _masters_by_group(self, count: int) -> Iterator[list[nn.Parameter]]:
-        for index in range(count):
-            yield [
-                master
-                for unit in self.sharded.units
-                for (of_group, _, _), master in zip(unit.windows, unit.masters)
-                if of_group == index
-            ]
+        check_elementwise(self.optimizer, zero)
 
     def train_step(
         self,
@@ -203,33 +193,51 @@ class Engine:
         # 1. count, so that everything after is a plain sum
         counts = [sum(micro.num_supervised for micro in micro_batches)]
         counts.append(sum(int((micro.documents >= 0).sum()) for micro in micro_batches))
-        num_supervised, num_tokens = self._sum(counts).tolist()
+        num_supervised, num_tokens = sums_of(self.group, counts).tolist()
         # 2. gradients, times the loss scale
+        scaler = self.scaler
         total = self._gradients(micro_batches, num_supervised, observe)
-        # 3. one norm, one rate, one step
-        norm, is_finite = self._norm()
-        rate = self.lr * self.schedule(self.step)
-        nonfinite, too_small = "", self._too_small() if watch_small else {}
-        if is_finite:
-            self._update(norm, rate)
-        else:
-            self._forget()
-            if self.scaler.is_at_floor:
-                nonfinite = self._find_nonfinite(micro_batches, num_supervised)
-        report = Report(
-            loss=self._sum([total]).item() / max(1, num_supervised),
+        small = too_small(self.sharded, scaler.scale) if watch_small else {}
+        # 3. one rate, one norm, one step
+        rate = set_rates(self.optimizer.param_groups, self.schedule, self.lr, self.step)
+        norm, skipped = self.update()
+        return Report(
+            loss=sums_of(self.group, [total]).item() / max(1, num_supervised),
             num_supervised=int(num_supervised),
             num_tokens=int(num_tokens),
             norm=norm,
             lr=rate,
-            scale=self.scaler.scale,
-            skipped=not is_finite,
-            nonfinite=nonfinite,
-            too_small=too_small,
+            scale=scaler.scale,
+            skipped=skipped,
+            nonfinite=self._find_nonfinite(micro_batches, num_supervised) if skipped and scaler.is_at_floor else "",
+            too_small=small,
         )
+
+    @torch.no_grad()
+    def update(self, divisor: float = 1.0) -> tuple[float, bool]:
+        """Step with the gradients that lie in the units, or, where one is not finite on some rank, forget them.
+
+        divisor  what the gradients are divided by, besides the loss scale
+        Returns  the gradient's norm before clipping, and whether the step was skipped
+        """
+        divisor *= self.scaler.scale
+        norm, is_finite = norm_of(self.sharded)
+        norm /= divisor
+        if is_finite:
+            for unit in self.sharded.units:
+                # unit by unit, so that gradients in the masters' dtype exist for one unit at a time
+                unit.give_gradients(clip_factor(norm, self.clip) / divisor)
+                if unit.masters:
+                    self.optimizer.step()
+                for master in unit.masters:
+                    master.grad = None
+            self.num_updates += 1
+            self.sharded.publish()
+        else:
+            self.sharded.forget()
         self.scaler = self.scaler.after(not is_finite)
         self.step += 1
-        return report
+        return norm, not is_finite
 
     def _gradients(
         self,
@@ -241,17 +249,12 @@ class Engine:
         total = 0.0
         for index, micro in enumerate(micro_batches):
             here = micro.to(self.device)
-            with self.sharded.running():
-                losses = self.model(here.tokens, here.labels, positions=here.positions, documents=here.documents)
-                loss = losses.sum() * (self.scaler.scale / max(1, num_supervised))
+            losses = self.model(here.tokens, here.labels, positions=here.positions, documents=here.documents)
+            loss = losses.sum() * (self.scaler.scale / max(1, num_supervised))
             self.sharded.backward(loss, last=index == len(micro_batches) - 1)
             observe(here, losses.detach())
             total += losses.detach().sum().item()
         return total
-
-    def _forget(self) -> None:
-        for unit in self.sharded.units:
-            unit.gradient = None
 
     def _find_nonfinite(self, micro_batches: Sequence[MicroBatch], num_supervised: float) -> str:
         """Run a skipped step's backward again and say where its first gradient that is not finite came from.
@@ -261,124 +264,27 @@ class Engine:
         found: list[str] = []
         with self.sharded.watching(lambda name, grad: None if grad.isfinite().all() else found.append(name)):
             self._gradients(micro_batches, num_supervised)
-        self._forget()
+        self.sharded.forget()
         names = [name for name, _ in self.model.named_parameters()]
-        mine = torch.tensor([names.index(found[0]) if found else len(names)])
-        everyone = mine.new_empty(self.group.size)
-        self.group.all_gather(everyone, mine).wait()
-        bad = [(rank, index) for rank, index in enumerate(everyone.tolist()) if index < len(names)]
+        firsts = everyones(self.group, [names.index(found[0]) if found else len(names)]).flatten().tolist()
+        bad = [(rank, index) for rank, index in enumerate(firsts) if index < len(names)]
+        step = self.step - 1
         if not bad:
-            return f"step {self.step}: finite on every rank, not when summed in {self.precision.name}"
+            return f"step {step}: finite on every rank, not when summed in {self.precision.name}"
         rank, index = bad[0]
-        return f"step {self.step}: the gradient of {names[index]} on rank {rank} is not finite"
-
-    def _sum(self, values: Sequence[float]) -> Tensor:
-        """Return the sums over all ranks, fp64 (exact for counts below 2**53)."""
-        sums = torch.tensor(values, dtype=torch.float64)
-        self.group.all_reduce(sums).wait()
-        return sums
-
-    def _norm(self) -> tuple[float, bool]:
-        """Return the global norm of the gradient, unscaled, and whether all its elements are finite: one for all ranks.
-
-        Each element counts once: at stage 0 every rank holds all, else each holds its shard.
-        """
-        gradients = [unit.gradient for unit in self.sharded.units if unit.gradient is not None]
-        squares = _squares(gradients, torch.float32)
-        # a finite sum has finite terms; one that is not may have overflowed itself: look at every element
-        bad = not math.isfinite(squares) and not all(gradient.isfinite().all() for gradient in gradients)
-        if not math.isfinite(squares) and not bad:
-            squares = _squares(gradients, torch.float64)
-        anywhere = torch.tensor([float(bad)])
-        self.group.all_reduce(anywhere, "max").wait()
-        squares = squares if self.sharded.stage == 0 else self._sum([squares]).item()
-        return math.sqrt(squares) / self.scaler.scale, not anywhere.item()
-
-    def _too_small(self) -> dict[str, float]:
-        modules = {name: name.rpartition(".")[0] for unit in self.sharded.units for name in unit.parameters}
-        counts = {module: [0.0, 0.0] for module in modules.values()}  # of small elements, of all
-        for unit in self.sharded.units:
-            gradient = unit.gradient
-            for name, elements, place in unit.layout.pieces(unit.part) if gradient is not None else ():
-                assert gradient is not None
-                size = gradient[slice(*place)].abs().to(torch.float64) / self.scaler.scale
-                counts[modules[name]][0] += int(((size > 0) & (size < SMALLEST_FP16)).sum())
-                counts[modules[name]][1] += elements.size
-        flat = [number for pair in counts.values() for number in pair]
-        small, every = self._sum(flat).view(-1, 2).unbind(1)  # at stage 0 each rank counts all: the share is the same
-        return {module: float(a / b) for module, a, b in zip(counts, small, every) if b}
-
-    @torch.no_grad()
-    def _update(self, norm: float, rate: float) -> None:
-        coefficient = self.clip / norm if self.clip and norm > self.clip else 1.0
-        for group in self.optimizer.param_groups if self.optimizer else ():
-            group["lr"] = rate
-            if isinstance(self.schedule, OneCycle) and (momentum := self.schedule.momentum(self.step)) is not None:
-                group.update({"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum})
-        for unit in self.sharded.units:
-            # unit by unit, so that gradients in the masters' dtype exist for one unit at a time
-            unit.give_gradients(coefficient / self.scaler.scale)
-            if unit.masters and self.optimizer is not None:
-                self.optimizer.step()
-            for master in unit.masters:
-                master.grad = None
-        self.num_updates += 1
-        self.sharded.publish()
+        return f"step {step}: the gradient of {names[index]} on rank {rank} is not finite"
 
     # ---- what a checkpoint holds
 
     def pieces(self) -> list[Piece]:
-        """Return everything of this rank that a checkpoint must hold, by logical name: masters and both moments.
+        """Return everything of this rank that a checkpoint must hold, by logical name; see `minispeed.snapshot`."""
+        return pieces_of(self.sharded, self.optimizer)
 
-        Names  "parameters/NAME", "exp_avg/NAME", "exp_avg_sq/NAME"; the tensors are views of the live ones. At stage 0
-               every rank returns everything
-        """
-        found = []
-        for unit in self.sharded.units:
-            for name, elements, place in unit.layout.pieces(unit.part):
-                for kind, window, tensor in self._held(unit):
-                    both = place.meet(window)
-                    if both.size:
-                        which = both.shift(elements.start - place.start)
-                        part = tensor[slice(*both.shift(-window.start))]
-                        found.append(Piece(f"{kind}/{name}", unit.layout.shapes[name], which, part, unit.whole))
-        return found
-
-    def _held(self, unit: ShardedUnit) -> Iterator[tuple[str, Interval, Tensor]]:
-        """Yield kind, window in the shard and elements of all that is kept of a unit's shard over a step."""
-        yield "parameters", Interval(0, unit.layout.shard_size), unit.master
-        for (_, window, _), master in zip(unit.windows, unit.masters):
-            state = {} if self.optimizer is None else self.optimizer.state.get(master, {})
-            for moment in MOMENTS:
-                if moment in state:
-                    yield moment, window, state[moment].view(-1)
-
-    @torch.no_grad()
-    def load(self, read: Callable[[str, Interval], Tensor | None], *, step: int, num_updates: int) -> None:
-        """Go on from what `pieces` returned after `step` steps, of which `num_updates` were not skipped.
-
-        read  returns the elements of a flattened tensor by logical name, None where there is no such tensor
-        """
+    def load(self, source: Source, *, step: int, num_updates: int, with_optimizer: bool = True) -> None:
+        """Go on from what `pieces` returned after `step` steps, of which `num_updates` were not skipped."""
         self.step, self.num_updates = step, num_updates
-        for unit in self.sharded.units:
-            for master in unit.masters if num_updates else ():
-                state: dict[str, Any] = {moment: torch.zeros_like(master) for moment in MOMENTS}
-                assert self.optimizer is not None
-                self.optimizer.state[master] = {"step": torch.tensor(float(num_updates), device=master.device), **state}
-        for name, _, elements, tensor, _ in self.pieces():
-            found = read(name, elements)
-            if found is None:
-                raise UserError(f"the checkpoint holds no {name}", fix="the checkpoint of a run of this model")
-            tensor.copy_(found)
-        self.sharded.publish()
+        put_back(self.sharded, self.optimizer, source, with_optimizer=with_optimizer)
 
 
 def _describe(p: nn.Parameter) -> str:
     return f"{tuple(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'}"
-
-
-def _squares(gradients: Sequence[Tensor], at_least: torch.dtype) -> float:
-    """Return the sum of the squares of all elements, added up in `at_least` or wider."""
-    wide = [torch.promote_types(gradient.dtype, at_least) for gradient in gradients]
-    norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient, dtype in zip(gradients, wide)]
-    return sum(norm.item() ** 2 for norm in norms)

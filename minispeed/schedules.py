@@ -16,7 +16,7 @@ settings and what they mean: https://deepspeed.readthedocs.io/en/latest/schedule
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -266,6 +266,21 @@ class LRRangeTest:
 SCHEDULES: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest)
 }
+
+
+def set_rates(groups: Iterable[dict[str, Any]], schedule: Schedule, lr: float, update: int) -> float:
+    """Give an optimizer's groups the rate of an update, and its momentum where the schedule cycles it.
+
+    lr       what a schedule of factors multiplies; 1 for a schedule of rates
+    Returns  the rate
+    """
+    rate = lr * schedule(update)
+    momentum = schedule.momentum(update) if isinstance(schedule, OneCycle) else None
+    for group in groups:
+        group["lr"] = rate
+        if momentum is not None:
+            group.update({"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum})
+    return rate
 
 
 def schedule_by_name(name: str, **params: Any) -> Schedule:

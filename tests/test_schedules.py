@@ -17,6 +17,7 @@ from minispeed.schedules import (
     WarmupDecayLR,
     WarmupLR,
     schedule_by_name,
+    set_rates,
     warmup_then,
 )
 
@@ -243,3 +244,19 @@ def test_shapes_of_our_own_are_named():
         warmup_then("cosin", warmup=1, total=2)
     with pytest.raises(UserError, match="0 steps with 1 of warm-up"):
         warmup_then("linear", warmup=1, total=0)
+
+
+def test_rates_and_momentum_reach_the_optimizer():
+    schedule = OneCycle(cycle_min_lr=0.1, cycle_max_lr=1.0, cycle_first_step_size=2)
+    for update in range(7):
+        groups = [{"lr": 5.0, "betas": (0.5, 0.7)}, {"lr": 5.0, "momentum": 0.5}, {"lr": 5.0, "betas": (0.1, 0.2)}]
+        assert set_rates(groups, schedule, 2.0, update) == 2 * schedule(update)
+        assert {group["lr"] for group in groups} == {2 * schedule(update)}
+        momentum = schedule.momentum(update)
+        assert [groups[0]["betas"], groups[1]["momentum"], groups[2]["betas"]] == [
+            (momentum, 0.7),
+            momentum,
+            (momentum, 0.2),
+        ]
+    set_rates(groups := [{"betas": (0.5, 0.7)}], warmup_then("linear", warmup=1, total=3), 1.0, 0)
+    assert groups[0]["betas"] == (0.5, 0.7)

@@ -272,7 +272,7 @@ class Trainer:
         """Go on from the last checkpoint."""
         stored = self.run.load_checkpoint()
         state = stored.state
-        self.engine.load(stored.read, step=state["step"], num_updates=state["num_updates"])
+        self.engine.load(stored, step=state["step"], num_updates=state["num_updates"])
         self.engine.scaler = LossScaler(**state["scaler"])
         self.progress = Progress.of(state["progress"])
         if not self.total and state["total"]:

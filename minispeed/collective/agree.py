@@ -8,9 +8,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-import torch
-
 from minispeed.collective.group import Group
+from minispeed.collective.numbers import everyones
 from minispeed.errors import UserError
 
 
@@ -22,12 +21,12 @@ def agree(group: Group, values: Mapping[str, object]) -> None:
     """
     text = json.dumps({name: str(value) for name, value in values.items()}).encode()
     fingerprint = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
-    fingerprints, lengths = _gather(group, [fingerprint, len(text)]).view(-1, 2).T
+    fingerprints, lengths = everyones(group, [fingerprint, len(text)]).T
     different = [rank for rank, other in enumerate(fingerprints.tolist()) if other != fingerprints[0].item()]
     if not different:
         return
     longest = int(lengths.max())
-    everything = _gather(group, list(text.ljust(longest))).view(-1, longest)
+    everything = everyones(group, list(text.ljust(longest)))
     first, other = (json.loads(bytes(everything[rank].tolist())) for rank in (0, different[0]))
     for name in {**first, **other}:
         mine, theirs = first.get(name, "not there"), other.get(name, "not there")
@@ -38,10 +37,3 @@ def agree(group: Group, values: Mapping[str, object]) -> None:
                 fix="the same model, options and code on every rank",
             )
     raise UserError(f"ranks 0 and {different[0]} name the same things in another order", fix="one order on every rank")
-
-
-def _gather(group: Group, numbers: list[int]) -> torch.Tensor:
-    mine = torch.tensor(numbers)
-    everyone = mine.new_empty(group.size * len(numbers))
-    group.all_gather(everyone, mine).wait()
-    return everyone

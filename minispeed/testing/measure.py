@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from minispeed.engine import MOMENTS, Engine
+from minispeed.checkpoint import Piece
+from minispeed.engine import Engine
+from minispeed.layout import Interval
 from minispeed.ledger import Held
 
 
@@ -36,8 +38,8 @@ def measure_held(engine: Engine, step: Callable[[], object]) -> Held:
             unit.collect, unit.settle = collect, settle  # type: ignore[method-assign]
     parameters = storage_bytes(tensor for unit in units for tensor in (unit.flat, unit.shard))
     are_apart = engine.precision.master != engine.precision.compute
-    states = engine.optimizer.state.values() if engine.optimizer else ()
-    optimizer = [state[moment] for state in states for moment in MOMENTS]
+    states = engine.optimizer.state.values()
+    optimizer = [value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim()]
     return Held(parameters, most, storage_bytes([*optimizer, *(unit.master for unit in units if are_apart)]))
 
 
@@ -45,3 +47,15 @@ def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Return the bytes of the storages under these tensors, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+class InMemory:
+    """Pieces of a run, copied: what `Engine.load` reads from when no disk is wanted."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self._parts = {(p.name, p.elements): p.tensor.detach().flatten().clone() for p in pieces}
+        self.shapes = {p.name: p.shape for p in pieces}
+
+    def read(self, name: str, elements: Interval) -> Tensor | None:
+        """Return what was copied under that name."""
+        return self._parts.get((name, elements))

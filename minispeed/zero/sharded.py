@@ -1,32 +1,33 @@
 """Call the verbs of a model's units at the moments of the table, whatever the model is.
 
 Where the moments come from:
+- a run: hooks on the whole module's forward
 - forward: hooks on each unit's module; a parameter used outside it (a tied head, a borrowed weight) unshards
   its unit when it is read, and so does, through a TorchFunctionMode, a view of one
 - before backward: whatever autograd saved of a released buffer is unsharded when it is taken out again, and a unit of
   which nothing was saved when its first gradient arrives
-- gradients complete: a hook on each parameter; a unit is reduced when it and all that come before it are complete, so
-  that every rank reduces in one order, the reverse of rank 0's first forward; what is missing at the end counts as zeros
+- gradients complete: a hook on each parameter tells the `Reduction`
 
 ZeRO, Rajbhandari et al. 2020, section 5.2.  https://arxiv.org/abs/1910.02054
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from minispeed.collective.group import Group
 from minispeed.errors import UserError
 from minispeed.zero.division import buckets_of, check_names, units_of
+from minispeed.zero.reduction import Look, Reduction
+from minispeed.zero.rooms import Rooms
 from minispeed.zero.table import TABLE, check_stage
-from minispeed.zero.unit import Dtypes, Rooms, ShardedUnit
+from minispeed.zero.unit import Dtypes, ShardedUnit
+from minispeed.zero.watch import Touching, tensors_in, touching_saved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class ShardedModel:
         Raises        UserError if nothing is trainable, or a name is in no unit, or in two
         """
         self.module, self.group, self.stage = module, group, check_stage(stage)
-        self.dtypes, self.overlap, self.prefetch = dtypes, overlap, prefetch
+        self.dtypes, self.prefetch = dtypes, prefetch
         parameters = dict(module.named_parameters())
         trainable = [name for name, p in parameters.items() if p.requires_grad]
         if not trainable:
@@ -88,7 +89,6 @@ class ShardedModel:
         self.rooms = Rooms()
         modules = dict(module.named_modules())
         self._owner: dict[int, ShardedUnit] = {}  # by id of a parameter, and by address of the flat storage
-        self._missing: dict[int, set[str]] = {}
         self._depth: dict[int, int] = {}
         for where, names in division.items():
             frozen = [name for name in names if not parameters[name].requires_grad]
@@ -109,14 +109,13 @@ class ShardedModel:
                     rooms=self.rooms,
                 )
                 self._adopt(unit, modules.get(where))
-        self.is_last = True
-        self._look: Callable[[str, Tensor], None] = lambda name, gradient: None
+        module.register_forward_pre_hook(lambda module, args: self._open(), prepend=True)
+        module.register_forward_hook(lambda module, args, out: self._close(out), always_call=True)
+        self.reduction = Reduction(group, self.units, overlap=overlap)
         self._is_running = self._in_backward = self._is_gathered = False
+        self._runs: list[contextlib.ExitStack] = []  # of the whole module's forward that are under way
         self._order: list[ShardedUnit] = []  # of the first forward
         self._order_is_known = False
-        self._reduce_order: list[ShardedUnit] = []  # the same on every rank, from the first backward on
-        self._waiting: list[ShardedUnit] = []  # not complete yet in this backward, in the order of reduction
-        self._reducing: ShardedUnit | None = None  # the last unit that was reduced, perhaps still on its way
 
     def _adopt(self, unit: ShardedUnit, home: nn.Module | None) -> None:
         """Hook a unit's moments to its module and parameters."""
@@ -140,7 +139,30 @@ class ShardedModel:
         self._owner.pop(old._cdata, None)
         self._owner[new._cdata] = unit
 
+    def masters_by_group(self, count: int) -> list[list[nn.Parameter]]:
+        """Return what the optimizer updates, by parameter group."""
+        masters: list[list[nn.Parameter]] = [[] for _ in range(count)]
+        for unit in self.units:
+            for (index, _, _), master in zip(unit.windows, unit.masters):
+                masters[index].append(master)
+        return masters
+
     # ---- forward
+
+    def _open(self) -> None:
+        """The whole module's forward begins: by itself, inside another run, or recomputed inside a backward."""
+        if self._in_backward and torch._C._current_graph_task_id() == -1:  # an error ended that backward
+            self._stop()
+        self._runs.append(contextlib.ExitStack())
+        if not self._is_running and not self._in_backward:
+            self._runs[-1].enter_context(self.running())
+
+    def _close(self, out: Any) -> None:
+        self._runs.pop().close()
+        if not self._in_backward:
+            for x in tensors_in(out):
+                if x.requires_grad:
+                    x.register_hook(lambda gradient: self._begin_unasked())
 
     def _enter(self, unit: ShardedUnit) -> None:
         self._depth[id(unit)] += 1
@@ -171,10 +193,10 @@ class ShardedModel:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Run forwards (and what is computed from their outputs) inside this; afterwards no unit is left whole."""
+        """Run what is not the whole module's forward inside this: parts of it; afterwards no unit is left whole."""
         with contextlib.ExitStack() as stack:
             if self.stage == 3:
-                stack.enter_context(_Touching(self))
+                stack.enter_context(Touching(self.touch))
                 stack.enter_context(self._saving())
             self._is_running = True
             try:
@@ -208,107 +230,89 @@ class ShardedModel:
             self._use(unit)
 
     def _saving(self) -> contextlib.AbstractContextManager[Any]:
-        """Let what autograd saves be looked at when it is taken out again."""
-
-        def unpack(x: Tensor) -> Tensor:
-            self.touch(x)
-            return x
-
-        return torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack) if self.stage == 3 else nullcontext()
+        return touching_saved(self.touch) if self.stage == 3 else contextlib.nullcontext()
 
     # ---- backward
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor, *, last: bool, **options: Any) -> None:
         """Run the backward of one micro-batch, and reduce what the table wants reduced.
 
-        last    whether it is the step's last micro-batch
-        Raises  UserError if the loss is not one number that depends on the parameters
+        last     whether it is the step's last micro-batch
+        options  of torch's backward
+        Raises   UserError if the loss is not one number that depends on the parameters
         """
         if loss.numel() != 1 or not loss.requires_grad:
             what = f"shape {tuple(loss.shape)}" if loss.numel() != 1 else "no gradient"
             raise UserError(f"a backward starts from one loss, and it has {what}", fix="loss.sum() of a forward")
-        self.is_last = last
-        self._reduce_order = self._reduce_order or self._agree_on_order()
-        self._missing = {id(unit): set(unit.parameters) for unit in self.units if unit.trainable}
-        self._waiting = [unit for unit in self._reduce_order if unit.trainable]
-        self._in_backward = True
-        for unit in self.units if self.stage < 2 else ():  # gradients that stay whole are added where they stay
-            unit.lend()
+        self.reduction.is_last = last
+        self._begin()
         try:
             with self._saving():
-                loss.backward()
-            while self._waiting:  # unused parameters, units that no forward reached
-                self._complete(self._waiting.pop(0))
-            for unit in self._reduce_order:
-                if unit.has_gradients:  # after it was complete: a re-entrant checkpoint
-                    self._complete(unit)
-            if last:
-                for unit in self._reduce_order:
-                    self._reduce_at("last backward over", unit)
-            for unit in self._reduce_order:
-                unit.settle()
+                loss.backward(**options)
+            self.reduction.end()
         finally:
-            self._in_backward = False
-            self._rest()
+            self._stop()
 
-    def _agree_on_order(self) -> list[ShardedUnit]:
-        """Return the order in which every rank reduces: rank 0's first forward reversed, then what it left out.
+    def reduce_now(self) -> None:
+        """Reduce the gradients that parameters have without a backward of ours: somebody has set them."""
+        self._begin()
+        try:
+            self.reduction.end()
+        finally:
+            self._stop()
 
-        Ranks whose rows took other ways through the model had another order of their own.
-        """
-        unused = [unit for unit in reversed(self.units) if unit not in self._order]
-        mine = [self.units.index(unit) for unit in (*reversed(self._order), *unused)]
-        order = torch.tensor(mine)
-        self.group.broadcast(order, 0).wait()
-        return [self.units[index] for index in order.tolist()]
+    def _begin_unasked(self) -> None:
+        """Somebody called backward himself: do what `backward` does, the end of it when autograd is done."""
+        if not self._in_backward:
+            self._begin()
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_unasked)
+
+    def _end_unasked(self) -> None:
+        try:
+            self.reduction.end()
+        finally:
+            self._stop()
+
+    def _begin(self) -> None:
+        self.reduction.begin(self._order)
+        self._in_backward = True
+
+    def _stop(self) -> None:
+        self._in_backward = False
+        self._rest()
 
     def _expects_gradient(self, unit: ShardedUnit) -> None:
         """A gradient is about to be added: autograd gives it its parameter's shape, so that must be there."""
         self._revive(unit)
 
     @contextlib.contextmanager
-    def watching(self, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def watching(self, look: Look) -> Iterator[None]:
         """Show `look` each parameter's name and gradient, once it is there and before it is summed over ranks."""
-        self._look = look
+        self.reduction.look = look
         try:
             yield
         finally:
-            self._look = lambda name, gradient: None
+            self.reduction.look = lambda name, gradient: None
 
     def _got_gradient(self, unit: ShardedUnit, name: str, p: Tensor) -> None:
-        if p.grad is not None:
-            self._look(name, p.grad)
-        self._missing.get(id(unit), set()).discard(name)
-        while self._waiting and not self._missing[id(self._waiting[0])]:
-            self._complete(self._waiting.pop(0))
-
-    def _complete(self, unit: ShardedUnit) -> None:
-        """All gradients of a unit are there: add them up, reduce, release."""
-        if not unit.trainable:
-            return
-        unit.collect()
-        self._reduce_at("last gradients complete" if self.is_last else "gradients complete", unit)
-        unit.at("after backward")
-
-    def _reduce_at(self, moment: str, unit: ShardedUnit) -> None:
-        """Start what the table says, and finish the unit before: one sum is under way while the next is computed."""
-        unit.at(moment)
-        if self._reducing not in (None, unit):
-            self._reducing.settle()
-        self._reducing = unit
-        if not self.overlap:
-            unit.settle()
+        self._begin_unasked()
+        self.reduction.got(unit, name, p.grad)
 
     # ---- step
 
-    def publish(self) -> None:
-        """After the optimizer's step: let every rank see the new parameters."""
-        trained = [unit for unit in self.units if unit.trainable]
-        for unit in trained:
+    def forget(self) -> None:
+        """Drop all gradients."""
+        for unit in self.units:
+            unit.forget()
+
+    def publish(self, *, frozen: bool = False) -> None:
+        """After the optimizer's step, or with `frozen` after all were replaced: let every rank see the new values."""
+        changed = [unit for unit in self.units if unit.trainable or frozen]
+        for unit in changed:
             unit.publish()
             if TABLE["after step"][unit.stage]:
                 unit.start_unshard()
-        for unit in trained:
+        for unit in changed:
             unit.at("after step")
 
     @contextlib.contextmanager
@@ -326,28 +330,3 @@ class ShardedModel:
                 if unit.stage == 3:
                     unit.let_go()
             self._rest()
-
-
-class _Touching(TorchFunctionMode):
-    """Unshard whatever an operation is about to read a view of."""
-
-    def __init__(self, sharded: ShardedModel) -> None:
-        super().__init__()
-        self.sharded = sharded
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for one in _tensors((args, kwargs or {})):
-            self.sharded.touch(one)
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors among (nested) arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _tensors(one)

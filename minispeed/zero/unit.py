@@ -26,6 +26,7 @@ from minispeed.collective.group import Group, Work
 from minispeed.errors import UserError
 from minispeed.layout import FlatLayout, Interval
 from minispeed.zero.absent import classes, owner_of, plainly
+from minispeed.zero.rooms import Rooms
 from minispeed.zero.table import TABLE
 
 
@@ -45,28 +46,6 @@ class Dtypes:
     collect: torch.dtype
     reduce: torch.dtype
     gradient: torch.dtype
-
-
-class Rooms:
-    """Memory that is used again from step to step: fresh memory costs a page fault for every 4 KiB."""
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-
-    def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an uninitialised buffer, (size,)."""
-        nbytes = size * dtype.itemsize
-        fitting = [room for room in self._free if room.numel() >= nbytes and room.device == device]
-        if not fitting:
-            return torch.empty(nbytes, dtype=torch.uint8, device=device).view(dtype)
-        room = min(fitting, key=Tensor.numel)
-        self._free = [other for other in self._free if other is not room]
-        return room[:nbytes].view(dtype)
-
-    def give(self, buffer: Tensor) -> None:
-        """Take a buffer back, whole, that nobody uses any more."""
-        storage = buffer.untyped_storage()
-        self._free.append(torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(storage))
 
 
 class ShardedUnit:
@@ -224,12 +203,12 @@ class ShardedUnit:
         self.is_released = True
 
     def lend(self) -> None:
-        """Let autograd add right into the buffer of collected gradients, where it is of their dtype.
+        """Let autograd add gradients that stay right into the buffer of collected ones, where it is of their dtype.
 
         Writes  p.grad of each parameter, a view of `full`; zeros before the first micro-batch
         """
-        if not self.trainable or self.dtypes.collect != self.dtypes.compute:
-            return
+        if self.stage >= 2 or self.dtypes.collect != self.dtypes.compute:
+            return  # they are gone when the backward is over, or of another dtype
         with plainly():
             if self.full is None:
                 self.full = self._take_room().zero_()
@@ -334,6 +313,14 @@ class ShardedUnit:
         for (_, window, _), master in zip(self.windows, self.masters):
             master.grad = wide[slice(*window)].view_as(master)
         self.gradient = None
+
+    def forget(self) -> None:
+        """Drop the gradients, summed or not."""
+        self.settle()
+        self.gradient = self.full = None
+        with plainly():
+            for p in self.parameters.values():
+                p.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:

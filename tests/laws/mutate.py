@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 LATTICE = "tests/laws/test_lattice.py"
-ENGINE, UNIT, SHARDED = "minispeed/engine.py", "minispeed/zero/unit.py", "minispeed/zero/sharded.py"
+ENGINE, CLIP, NUMBERS = "minispeed/engine.py", "minispeed/clip.py", "minispeed/collective/numbers.py"
+UNIT, SHARDED, REDUCTION = "minispeed/zero/unit.py", "minispeed/zero/sharded.py", "minispeed/zero/reduction.py"
 TABLE, LEDGER = "minispeed/zero/table.py", "tests/test_ledger.py"
 
 
@@ -44,44 +45,44 @@ MUTATIONS = [
     Mutation(
         "count supervised tokens of this rank alone",
         ENGINE,
-        "num_supervised, num_tokens = self._sum(counts).tolist()",
+        "num_supervised, num_tokens = sums_of(self.group, counts).tolist()",
         "num_supervised, num_tokens = counts",
         LATTICE,
     ),
     Mutation(
         "norm of my shard in place of all",
-        ENGINE,
-        "squares = squares if self.sharded.stage == 0 else self._sum([squares]).item()",
+        CLIP,
+        "squares = squares if sharded.stage == 0 else sums_of(sharded.group, [squares]).item()",
         "pass",
         LATTICE,
     ),
     Mutation(
         "count the norm N times at stage 0",
-        ENGINE,
-        "squares = squares if self.sharded.stage == 0 else self._sum([squares]).item()",
-        "squares = self._sum([squares]).item()",
+        CLIP,
+        "squares = squares if sharded.stage == 0 else sums_of(sharded.group, [squares]).item()",
+        "squares = sums_of(sharded.group, [squares]).item()",
         LATTICE,
     ),
-    Mutation("clip when the norm is small", ENGINE, "norm > self.clip", "norm < self.clip", LATTICE),
+    Mutation("clip when the norm is small", CLIP, "norm > most", "norm < most", LATTICE),
     Mutation(
         "overflow flag: max -> min",
-        ENGINE,
-        'all_reduce(anywhere, "max")',
-        'all_reduce(anywhere, "min")',
+        NUMBERS,
+        'all_reduce(largest, "max")',
+        'all_reduce(largest, "min")',
         "tests/test_scaler.py",
     ),
     Mutation(
         "overflow is each rank's own affair",
-        ENGINE,
-        'self.group.all_reduce(anywhere, "max").wait()',
-        "pass",
+        CLIP,
+        "is_finite = not any_of(sharded.group, bad)",
+        "is_finite = not bad",
         "tests/test_scaler.py",
     ),
     Mutation(
         "forget to divide the loss scale out",
         ENGINE,
-        "give_gradients(coefficient / self.scaler.scale)",
-        "give_gradients(coefficient)",
+        "clip_factor(norm, self.clip) / divisor",
+        "clip_factor(norm, self.clip)",
         "tests/test_scaler.py",
     ),
     Mutation(
@@ -124,9 +125,9 @@ MUTATIONS = [
     ),
     Mutation(
         "never wait for the last sums",
-        SHARDED,
-        "                unit.settle()\n        finally:",
-        "                pass\n        finally:",
+        REDUCTION,
+        "        for unit in self._order:\n            unit.settle()\n",
+        "",
         LATTICE,
     ),
     Mutation(
@@ -138,15 +139,15 @@ MUTATIONS = [
     ),
     Mutation(
         "skip the gradient of a parameter used again after its unit was complete",
-        SHARDED,
+        REDUCTION,
         "if unit.has_gradients:",
         "if False:",
         LATTICE,
     ),
-    Mutation("skip parameters that got no gradient", SHARDED, "while self._waiting:  #", "while False:  #", LATTICE),
+    Mutation("skip parameters that got no gradient", REDUCTION, "while self._waiting:  #", "while False:  #", LATTICE),
     Mutation(
         "reduce units in order of readiness",
-        SHARDED,
+        REDUCTION,
         "while self._waiting and not self._missing[id(self._waiting[0])]:\n"
         "            self._complete(self._waiting.pop(0))",
         "if unit in self._waiting and not self._missing[id(unit)]:\n            self._waiting.remove(unit)\n"

@@ -1,0 +1,128 @@
+"""Say what a checkpoint must hold of a sharded run, by logical name, and put it back.
+
+    parameters/NAME        masters
+    exp_avg/NAME, ...      what the optimizer keeps of each element, under the optimizer's own name for it
+    step/group 0, ...      what it keeps of each parameter group: a number, the same for all of the group's parameters
+
+Whatever the layout, the names are the same: so the layout may change between writing and reading.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minispeed.checkpoint import Piece
+from minispeed.errors import UserError
+from minispeed.layout import Interval
+from minispeed.zero.sharded import ShardedModel
+from minispeed.zero.unit import ShardedUnit
+
+MASTERS = "parameters"
+COUNTS = {"step", "mu_product", "eta", "mu"}  # what torch's optimizers keep of a parameter as a whole
+
+
+class Source(Protocol):
+    """Where a run's tensors are read from: a checkpoint on disk, or pieces in memory."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of each tensor by its name."""
+
+    def read(self, name: str, elements: Interval) -> Tensor | None:
+        """Return some elements of the flattened tensor `name`, None where there is no such tensor."""
+
+
+def pieces_of(sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> list[Piece]:
+    """Return everything of this rank that a checkpoint must hold; the tensors are views of the live ones.
+
+    At stage 0 every rank returns everything.
+    """
+    found = list(_elements(sharded, optimizer))
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in _numbers(optimizer, group).items():
+            number = torch.tensor([float(value)], dtype=torch.float64)
+            found.append(Piece(f"{key}/group {index}", (1,), Interval(0, 1), number))
+    return found
+
+
+@torch.no_grad()
+def put_back(
+    sharded: ShardedModel, optimizer: torch.optim.Optimizer, source: Source, *, with_optimizer: bool = True
+) -> None:
+    """Go on from what `pieces_of` returned, under whatever layout.
+
+    with_optimizer  False: parameters alone; the optimizer starts anew
+    Raises          UserError naming what the source lacks
+    """
+    optimizer.state.clear()
+    if with_optimizer:
+        _start_states(sharded, optimizer, source)
+    for name, _, elements, tensor, _ in _elements(sharded, optimizer):
+        found = source.read(name, elements)
+        if found is None:
+            raise UserError(f"the checkpoint holds no {name}", fix="the checkpoint of a run of this model")
+        tensor.copy_(found.view(tensor.shape))
+    sharded.publish(frozen=True)
+
+
+def _start_states(sharded: ShardedModel, optimizer: torch.optim.Optimizer, source: Source) -> None:
+    """Give each master the states that the source has of its elements, still zero, and its group's numbers."""
+    kinds: dict[str, list[str]] = {}
+    for full in source.shapes:
+        kind, _, name = full.partition("/")
+        kinds.setdefault(name, []).append(kind)
+    for unit in sharded.units:
+        for (index, window, first), master in zip(unit.windows, unit.masters):
+            state, group = optimizer.state[master], optimizer.param_groups[index]
+            mine = [name for name, _, place in unit.layout.pieces(unit.part) if place.meet(window).size]
+            for kind in sorted({kind for name in mine for kind in kinds.get(name, ())} - {MASTERS}):
+                state[kind] = master.new_zeros(source.shapes[f"{kind}/{first}"] if unit.whole else master.shape)
+            for kind in kinds.get(f"group {index}", ()):
+                value = source.read(f"{kind}/group {index}", Interval(0, 1))
+                assert value is not None
+                on = master.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+                state[kind] = torch.tensor(value.item(), dtype=torch.float32, device=on)
+
+
+def _elements(sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
+    """Yield what is kept of this rank's elements."""
+    for unit in sharded.units:
+        shapes = unit.layout.shapes
+        for name, elements, place in unit.layout.pieces(unit.part):
+            yield Piece(f"{MASTERS}/{name}", shapes[name], elements, unit.master[slice(*place)], unit.whole)
+        for (_, window, first), master in zip(unit.windows, unit.masters):
+            for kind, state in _moments(optimizer, master):
+                if unit.whole:  # its own shape: an optimizer of whole tensors may keep rows and columns
+                    yield Piece(f"{kind}/{first}", tuple(state.shape), Interval(0, state.numel()), state.view(-1), True)
+                else:
+                    yield from _cut(unit, kind, window, state)
+
+
+def _cut(unit: ShardedUnit, kind: str, window: Interval, state: Tensor) -> Iterator[Piece]:
+    """Yield a flat state of a window of the shard, parameter by parameter."""
+    for name, elements, place in unit.layout.pieces(unit.part):
+        both = place.meet(window)
+        if both.size:
+            part = state[slice(*both.shift(-window.start))]
+            yield Piece(f"{kind}/{name}", unit.layout.shapes[name], both.shift(elements.start - place.start), part)
+
+
+def _moments(optimizer: torch.optim.Optimizer, master: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for kind, value in optimizer.state.get(master, {}).items():
+        if isinstance(value, Tensor) and not _is_number(kind, value, master):
+            yield kind, value
+
+
+def _numbers(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the optimizer counts for a group: the same for all of its parameters here."""
+    kept = [(p, optimizer.state[p]) for p in group["params"] if p in optimizer.state]
+    return {key: value for p, state in kept for key, value in state.items() if _is_number(key, value, p)}
+
+
+def _is_number(kind: str, value: Any, master: Tensor) -> bool:
+    """Whether a state is of a parameter as a whole; of one that is itself one number, only the name tells."""
+    if isinstance(value, Tensor):
+        return kind in COUNTS or (value.dim() == 0 and master.dim() > 0)
+    return isinstance(value, (int, float))
