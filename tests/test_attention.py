@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from minispeed.errors import UserError
-from minispeed.model.attention import IMPLEMENTATIONS, Mask, fused, implementation, reference, tiled
+from minispeed.model.attention import IMPLEMENTATIONS, by_documents, fused, implementation, reference, tiled
+from minispeed.model.mask import Mask
 
 
 @st.composite
@@ -39,6 +40,36 @@ def test_three_attentions_are_one(problem, tile, seed):
     for attention in (fused, lambda q, k, v, m: tiled(q, k, v, m, tile=tile)):
         for got, wanted in zip(outputs(attention, inputs, mask, seed), expected, strict=True):
             assert (got - wanted).abs().max() <= 1e-12 * max(1, wanted.abs().max().item())
+
+
+def each_alone(q, k, v, bounds, bounds_again, longest, longest_again, *, window_size):
+    """Do what a kernel for variable lengths does, sequence by sequence."""
+    assert torch.equal(bounds, bounds_again) and longest == longest_again and window_size == (-1, 0)
+    assert bounds.dtype == torch.int32 and bounds.diff().max() == longest
+    parts = []
+    for start, stop in zip(bounds.tolist(), bounds.tolist()[1:]):
+        one = [x[start:stop].transpose(0, 1)[None] for x in (q, k, v)]
+        parts.append(reference(*one, Mask(stop - start, stop - start))[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@given(problems(), st.integers(0, 2**31))
+def test_documents_one_by_one_are_the_same(problem, seed):
+    inputs, mask = problem
+    if mask.runs() is None:
+        assert mask.queries is None or mask.offset or not mask.causal
+        return
+    expected = outputs(reference, inputs, mask, seed)
+    got = outputs(lambda q, k, v, m: by_documents(q, k, v, m, each_alone), inputs, mask, seed)
+    for one, other in zip(got, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-12 * max(1, other.abs().max().item())
+
+
+def test_a_document_in_two_pieces_is_no_run():
+    rows = torch.tensor([[0, 1, 1], [2, 0, 2]])
+    assert Mask(3, 3, queries=rows, keys=rows).runs() is None
+    runs = Mask(3, 3, queries=rows[:1], keys=rows[:1]).runs()
+    assert runs is not None and runs.bounds.tolist() == [0, 1, 3] and runs.longest == 2
 
 
 @given(problems())

@@ -14,8 +14,9 @@ from test_attention import problems
 
 from minispeed.collective.launch import launch
 from minispeed.engine import Engine, MicroBatch, Report
-from minispeed.model.attention import Mask, fused, reference
+from minispeed.model.attention import fused, reference
 from minispeed.model.gpt import GPT, GPTConfig
+from minispeed.model.mask import Mask
 from minispeed.precision import Precision
 from minispeed.schedules import constant
 from minispeed.testing.models import small_configs

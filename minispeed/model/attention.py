@@ -15,7 +15,6 @@ Letters: B batch, H heads, G key/value heads (G divides H, R = H / G share one),
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,59 +23,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minispeed.errors import UserError, nearest
+from minispeed.model.mask import Mask
 
+try:
+    from torch.nn.attention import varlen
 
-@dataclass(frozen=True)
-class Mask:
-    """Which of T queries may look at which of S keys. Every query must be left at least one key.
+    varlen_kernel: Callable[..., Any] | None = varlen.varlen_attn
+except ImportError:  # an older torch
+    varlen_kernel = None
 
-    causal      query i looks at keys up to offset + i
-    offset      how many keys stand before the first query (a cache), 0 without one
-    queries     document of each query, (B, T), or None where every row is one document
-    keys        document of each key, (B, S); given exactly when `queries` is
-    """
-
-    num_queries: int
-    num_keys: int
-    causal: bool = True
-    offset: int = 0
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    _biases: dict[tuple[torch.dtype, torch.device], Tensor | None] = field(default_factory=dict, repr=False)
-
-    def allowed(self, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
-        """Return the block of the mask at `rows` x `columns`, (1 or B, 1, t, s) bool, None if all is allowed."""
-        seen = None
-        if self.causal and columns.stop - 1 > self.offset + rows.start:
-            last = torch.arange(self.offset + rows.start, self.offset + rows.stop, device=device)
-            seen = (torch.arange(columns.start, columns.stop, device=device) <= last[:, None])[None, None]
-        if self.queries is not None and self.keys is not None:
-            same = self.queries[:, None, rows, None] == self.keys[:, None, None, columns]  # (B, 1, t, s)
-            seen = same if seen is None else seen & same
-        return seen
-
-    def bias(self, like: Tensor) -> Tensor | None:
-        """Return the whole mask as a term of the scores, 0 or -inf, built once and shared by every layer.
-
-        Returns (1 or B, 1, T, S) in the dtype and on the device of `like`; None if all is allowed
-        """
-        key = (like.dtype, like.device)
-        if key not in self._biases:
-            allowed = self.allowed(slice(0, self.num_queries), slice(0, self.num_keys), like.device)
-            self._biases[key] = allowed if allowed is None else _bias(allowed, like.dtype)
-        return self._biases[key]
-
-    def is_plain(self) -> bool:
-        """Whether the kernel's own causal flag says the same."""
-        return self.causal and self.offset == 0 and self.num_queries == self.num_keys and self.queries is None
-
-    def reaches(self, rows: slice, columns: slice) -> bool:
-        """Whether any query of `rows` may look at any key of `columns`, by order alone."""
-        return not self.causal or columns.start <= self.offset + rows.stop - 1
-
-
-def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, -math.inf)
+HALF = (torch.float16, torch.bfloat16)
+_told: list[str] = []  # what has been printed once
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -108,11 +65,37 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, tile: int = 128) -> Te
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Let torch's `scaled_dot_product_attention` choose its kernel; a dense mask only where one is needed."""
-    plain = mask.is_plain()
-    bias = None if plain else mask.bias(q)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, enable_gqa=grouped)
+    """Let torch choose its kernel: on a GPU documents go to the one for variable lengths, in half precision.
+
+    A dense mask is made only where no kernel does without.
+    """
+    if mask.is_plain():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    if q.is_cuda and q.dtype in HALF and varlen_kernel is not None and mask.runs() is not None:
+        return by_documents(q, k, v, mask, varlen_kernel)
+    bias = mask.bias(q)
+    if q.is_cuda and q.shape[1] != k.shape[1]:  # no fast kernel knows both shared heads and a mask
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if q.is_cuda and bias is not None and q.shape[2] > 1 and not _told:
+        _told.append("a dense mask")
+        print(f"attention: a dense mask of {q.shape[2]} x {k.shape[2]}; in bf16 or fp16 packed rows need none")
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def by_documents(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: Callable[..., Any]) -> Tensor:
+    """Let a kernel for sequences of variable length see each document alone.
+
+    Reads   q (B, H, T, K); k, v (B, G, T, K)
+    kernel  (q, k, v (B T, H, K), bounds, bounds, longest, longest, window_size=(-1, 0): causal) -> (B T, H, K)
+    Returns (B, H, T, K)
+    """
+    runs = mask.runs()
+    assert runs is not None
+    num_shares = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(num_shares, dim=1) if num_shares > 1 else x for x in (k, v))
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B, H, T, K) -> (B T, H, K)
+    out: Tensor = kernel(*rows, runs.bounds, runs.bounds, runs.longest, runs.longest, window_size=(-1, 0))
+    return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask], Tensor]] = {

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minispeed.errors import UserError, nearest
-from minispeed.model.attention import Mask, implementation
+from minispeed.model.attention import implementation
 from minispeed.model.cache import Cache
 from minispeed.model.init import initialise
 from minispeed.model.loss import token_losses
+from minispeed.model.mask import Mask
 
 
 @dataclass(frozen=True, kw_only=True)
