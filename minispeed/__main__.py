@@ -40,6 +40,7 @@ COMMANDS = {
         "sft": "fine-tune a model on conversations",
         "eval": "score a trained model on held-out conversations",
         "chat": "talk to a trained model",
+        "explain": "say what a DeepSpeed configuration comes to, and what it costs",
         "doctor": "say what a bug report needs to know of this machine",
     }.items()
 }

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from minispeed.chat.pack import IGNORED, Documents, Packing, best_fit, cut_to_fit
+from minispeed.chat.documents import Documents, cut_to_fit
+from minispeed.chat.pack import IGNORED, Packing, best_fit
 from minispeed.errors import UserError
 
 PAD = 9999

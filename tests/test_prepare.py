@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from minispeed.chat import prepare as preparing
 from minispeed.chat.conversation import Conversation, Turn
 from minispeed.chat.pack import IGNORED, Packing
-from minispeed.chat.prepare import Prepared, prepare, report_text
+from minispeed.chat.prepare import prepare
+from minispeed.chat.prepared import Prepared
+from minispeed.chat.show import report_text
 from minispeed.chat.tokenizer import ChatTokenizer
 from minispeed.errors import UserError
 
@@ -120,7 +122,7 @@ def test_the_result_does_not_depend_on_workers(tmp_path, data):
     assert one.report["key"] == two.report["key"] and contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-@pytest.mark.parametrize("moment", ["read", "_tokenizer_for", "_documents", "_figures", "_to_json"])
+@pytest.mark.parametrize("moment", ["read", "_tokenizer_for", "_documents", "_figures", "write_beside_documents"])
 @pytest.mark.parametrize("before", [False, True])
 def test_a_run_that_dies_leaves_what_was_there(tmp_path, data, monkeypatch, moment, before):
     out = tmp_path / "out"

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from minispeed.chat import read as reader
 from minispeed.chat.conversation import Conversation, Turn
+from minispeed.chat.dialects import FORMATS
 from minispeed.chat.read import detect, read
 from minispeed.errors import UserError
 
@@ -166,7 +167,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=8,
 )
-KEYS = sorted({key for form in reader.FORMATS for key in form.keys} | {"input", "task", "metric", "system"})
+KEYS = sorted({key for form in FORMATS for key in form.keys} | {"input", "task", "metric", "system"})
 turn_like = st.fixed_dictionaries({}, optional={k: json_values for k in ("role", "content", "from", "value")})
 records = st.dictionaries(st.sampled_from(KEYS), json_values | st.lists(turn_like, max_size=3), max_size=4)
 lines = st.one_of(

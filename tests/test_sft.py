@@ -15,7 +15,8 @@ from minispeed.__main__ import main
 from minispeed.chat import run as run_module
 from minispeed.chat.evaluate import bytes_of_tokens, measure_loss
 from minispeed.chat.pack import Packing
-from minispeed.chat.prepare import Prepared, encode_documents
+from minispeed.chat.prepare import encode_documents
+from minispeed.chat.prepared import Prepared
 from minispeed.chat.run import ChatModel, RunDirectory
 from minispeed.chat.trainer import Trainer
 

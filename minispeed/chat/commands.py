@@ -203,6 +203,19 @@ class DoctorOptions(Options):
     ranks: int = option(2, help="processes between which bandwidth is measured; 0 skips it", low=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions(Options):
+    """Say what a DeepSpeed configuration comes to here: every value, where it is from, and what it costs.
+
+    minispeed explain ds_config.json --ranks 4 --parameters 124M
+    """
+
+    file: Path | None = option(None, positional=True, help="a DeepSpeed configuration, in JSON", metavar="FILE")
+    ranks: int = option(1, help="data-parallel ranks", low=1)
+    parameters: str | None = option(None, help="how many the model has, for its memory in all", metavar="124M")
+    keys: bool = option(False, help="print every key that a configuration may have (docs/config.md), and stop")
+
+
 def sft(options: SftOptions) -> int:
     from minispeed.chat.sft import sft
 
@@ -210,7 +223,8 @@ def sft(options: SftOptions) -> int:
 
 
 def prepare(options: PrepareOptions) -> int:
-    from minispeed.chat.prepare import prepare, report_text
+    from minispeed.chat.prepare import prepare
+    from minispeed.chat.show import report_text
 
     prepared = prepare(
         options.data,
@@ -269,3 +283,9 @@ def doctor(options: DoctorOptions) -> int:
     from minispeed.chat.doctor import doctor
 
     return doctor(options)
+
+
+def explain(options: ExplainOptions) -> int:
+    from minispeed.chat.explain import explain
+
+    return explain(options)

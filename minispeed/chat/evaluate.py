@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from minispeed.chat.commands import EvalOptions
 from minispeed.chat.conversation import Conversation
-from minispeed.chat.pack import Batch, Documents, Packing
-from minispeed.chat.prepare import Prepared, encode_documents
+from minispeed.chat.documents import Documents
+from minispeed.chat.pack import Batch, Packing
+from minispeed.chat.prepare import encode_documents
+from minispeed.chat.prepared import Prepared
 from minispeed.chat.read import read
 from minispeed.chat.run import ChatModel, use_threads
 from minispeed.chat.score import Answered, bleu, found_by, has_answer, split_last, summarise_tasks

@@ -1,19 +1,15 @@
 """Turn files of conversations into memory-mapped tokens, once, and say what was found in them.
 
 Read every file, hold out an evaluation part and train a tokenizer where none is given, encode, count. The
-result is keyed by the content of the files and by all options: asked for again, it is there. It is built in a
-folder beside and renamed when whole, so a run that dies leaves nothing that could be taken for a result.
+result, a folder (see `prepared`), is keyed by the content of the files and by all options: asked for again, it is
+there.
 """
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,55 +17,18 @@ import numpy as np
 from tqdm import tqdm
 
 from minispeed import __version__
-from minispeed.chat.conversation import Conversation, Turn
-from minispeed.chat.pack import Documents, Packing, cut_to_fit
+from minispeed.chat.conversation import Conversation
+from minispeed.chat.documents import Documents, cut_to_fit
+from minispeed.chat.pack import Packing
+from minispeed.chat.prepared import LAYOUT, PARTS, Prepared, report_of, whole_folder, write_beside_documents
 from minispeed.chat.read import SHOWN, Reading, read
-from minispeed.chat.show import Entry, Notices, content_digest, report_text as report_text
+from minispeed.chat.show import Entry, Notices, content_digest
 from minispeed.chat.template import Encoded, Template
 from minispeed.chat.tokenizer import ChatTokenizer
 from minispeed.errors import UserError
 
-LAYOUT = 1  # of the prepared folder; part of its key
-PARTS = ("train", "eval")
 HELD_OUT = 0.05  # share of the distinct conversations
 CHUNK = 1000  # conversations encoded at a time
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared folder: tokens of both parts, the tokenizer and template that made them, and the report.
-
-    The report is the folder's report.json and "reused": whether `prepare` found the folder as it is.
-    """
-
-    folder: Path
-    train: Documents
-    eval: Documents
-    tokenizer: ChatTokenizer
-    template: Template
-    report: dict[str, Any]
-
-    @classmethod
-    def open(cls, folder: Path | str, *, reused: bool = False) -> "Prepared":
-        """Open what `prepare` made.  Raises UserError where there is none."""
-        folder = Path(folder)
-        report = _report_of(folder)
-        if report is None or report["layout"] != LAYOUT:
-            what = f"{folder} holds no data prepared by this version"
-            raise UserError(what, fix=f"minispeed prepare DATA --out {folder}")
-        template = Template.load(folder / "template.json")
-        tokenizer = ChatTokenizer.load(folder / "tokenizer.json", template.tokens)
-        pad = template.pad_id(tokenizer)
-        try:
-            train, held = (Documents.open(folder / part, report["tasks"], pad) for part in PARTS)
-        except (OSError, ValueError) as reason:
-            raise UserError(f"{folder} is damaged: {reason}", fix="remove it and prepare again") from None
-        return cls(folder, train, held, tokenizer, template, report | {"reused": reused})
-
-    def eval_conversations(self) -> list[Conversation]:
-        """Return the conversations of the evaluation part, in the order of its documents."""
-        with open(self.folder / "eval" / "conversations.jsonl", encoding="utf-8") as file:
-            return [_from_json(line) for line in file]
 
 
 def prepare(
@@ -101,10 +60,10 @@ def prepare(
         raise UserError("no data file is given", fix="minispeed prepare DATA.jsonl --out DIR")
     options = {"vocab_size": vocab_size, "train_on": train_on, "seq": seq, "skip_bad": skip_bad, "seed": seed}
     key = _key(train, evaluation, tokenizer, template, options)
-    found = _report_of(out)
+    found = report_of(out)
     if found is not None and found["key"] == key:
         return Prepared.open(out, reused=True)
-    with _whole_folder(out) as folder:
+    with whole_folder(out) as folder:
         files, entries = _read_parts(train, evaluation, skip_bad, seed)
         chat_tokenizer = _tokenizer_for(entries["train"], tokenizer, vocab_size, template)
         notices = Notices(entries["train"], entries["eval"])
@@ -117,12 +76,9 @@ def prepare(
             documents.save(folder / part)
             figures = _figures(entries[part], documents, seq, pack=part == "train")
             report[part] = {"files": files[part], **figures}
-        with open(folder / "eval" / "conversations.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(_to_json(entry.conversation) for entry in entries["eval"])
-        chat_tokenizer.save(folder / "tokenizer.json")
-        template.save(folder / "template.json")
         report |= {"notices": notices.found, "held_out": not evaluation}
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        held_out = [entry.conversation for entry in entries["eval"]]
+        write_beside_documents(folder, held_out, chat_tokenizer, template, report)
     return Prepared.open(out)
 
 
@@ -276,51 +232,3 @@ def _figures(entries: list[Entry], documents: Documents, seq: int, *, pack: bool
         packing = Packing(documents, seq=seq, batch=1)
         figures |= {"rows": packing.steps_per_epoch(), "waste": packing.waste}
     return figures
-
-
-def _to_json(conversation: Conversation) -> str:
-    """Return a conversation as one line, which `read` also reads where no turn is plain text."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
-    return json.dumps({"messages": messages, "task": conversation.task, "metric": conversation.metric}) + "\n"
-
-
-def _from_json(line: str) -> Conversation:
-    record = json.loads(line)
-    turns = tuple(Turn(message["role"], message["content"]) for message in record["messages"])
-    return Conversation(turns, record["task"], record["metric"])
-
-
-# ---- the folder
-
-
-def _report_of(folder: Path) -> dict[str, Any] | None:
-    """Return the report of a prepared folder; None where the folder is no such."""
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return report if isinstance(report, dict) and {"key", "layout"} <= report.keys() else None
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes `out` when the block ends well, and nothing when it does not.
-
-    Raises  UserError where `out` holds something that `prepare` did not make
-    """
-    if out.exists() and _report_of(out) is None and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not prepared data; it is left as it is", fix="another --out")
-    out = Path(os.path.abspath(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp's is for its owner alone
-        if out.exists():
-            out.rename(old := folder.with_name(folder.name + ".old"))
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

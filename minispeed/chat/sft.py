@@ -16,9 +16,12 @@ import torch
 from minispeed.chat.commands import SftOptions
 from minispeed.chat.defaults import DEFAULT_SEQ, fill_in
 from minispeed.chat.interrupts import interrupts_left_to_ranks
-from minispeed.chat.prepare import Prepared, prepare, report_text
+from minispeed.chat.prepare import prepare
+from minispeed.chat.prepared import Prepared
 from minispeed.chat.run import ChatModel, RunDirectory, check_vocabulary, use_threads
-from minispeed.chat.trainer import Trainer, barrier
+from minispeed.chat.show import report_text
+from minispeed.chat.together import barrier
+from minispeed.chat.trainer import Trainer
 from minispeed.collective.group import Group
 from minispeed.collective.launch import Backend, launch, under_torchrun
 from minispeed.collective.world import World, current_world

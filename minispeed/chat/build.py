@@ -1,0 +1,113 @@
+"""Build what a run trains with out of its options: the rows, the learning rate's course, the engine.
+
+Options are words of a command line, each checked alone. Here they become parts, and those that do not go together are
+refused, before the first step.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from minispeed.chat.commands import SftOptions
+from minispeed.chat.pack import Packing
+from minispeed.chat.prepared import Prepared
+from minispeed.collective.group import Group
+from minispeed.engine import Engine
+from minispeed.errors import UserError
+from minispeed.model.gpt import GPT
+from minispeed.model.recompute import recompute
+from minispeed.precision import Precision, choose_precision
+from minispeed.scaler import LossScaler
+from minispeed.schedules import Schedule, warmup_then
+from minispeed.zero.sharded import Offload
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The options that may be left open and are chosen by the case before a run begins: here each has a value."""
+
+    seq: int
+    batch: int
+    micro_batch: int
+    lr: float
+    warmup: int
+    weight_decay: float
+
+    @classmethod
+    def of(cls, options: SftOptions) -> "Chosen":
+        """Return the values of options that `fill_in` has filled in."""
+        values = {field.name: getattr(options, field.name) for field in fields(cls)}
+        assert None not in values.values(), values
+        return cls(**values)
+
+
+def build_rows(options: SftOptions, prepared: Prepared, group: Group) -> tuple[Packing, Packing | None]:
+    """Return the rows to train on and the rows held out, None where nothing is.
+
+    Raises  UserError if the ranks cannot share a batch evenly, or there is nothing to learn
+    """
+    chosen = Chosen.of(options)
+    if chosen.batch % group.size:
+        raise UserError(
+            f"--batch {chosen.batch} rows do not divide over {group.size} ranks",
+            fix=f"--batch {-(-chosen.batch // group.size) * group.size}",
+        )
+    if not prepared.train.learnt[:].any():
+        raise UserError("no token of the training data is learnt: it holds no answer", fix="--train-on all")
+    weights = options.weights or None
+    train = Packing(prepared.train, seq=chosen.seq, batch=chosen.batch, seed=options.seed, weights=weights)
+    held_out = Packing(prepared.eval, seq=chosen.seq, batch=chosen.batch) if len(prepared.eval) else None
+    return train, held_out
+
+
+def build_schedule(options: SftOptions, total: int) -> Schedule:
+    """Return the learning rate's course over `total` steps; while their number is open, 0, it rises and stays."""
+    warmup = Chosen.of(options).warmup
+    return warmup_then(options.lr_schedule if total else "constant", warmup=warmup, total=total or warmup + 1)
+
+
+def build_engine(options: SftOptions, model: GPT, group: Group, schedule: Schedule) -> Engine:
+    """Return the engine that trains a model; recomputation and compilation are switched on in the model itself.
+
+    Raises  UserError for --compile at ZeRO stage 3, and as `recompute` and `Engine` do
+    """
+    chosen, precision = Chosen.of(options), build_precision(options, group)
+    recompute(model, options.recompute)
+    if options.compile:
+        compile_blocks(model, options.zero)
+    scaler = LossScaler.static(options.loss_scale) if options.loss_scale else LossScaler()
+    return Engine(
+        model,
+        group,
+        zero=options.zero,
+        precision=precision,
+        scaler=scaler if precision.needs_scaler else None,
+        bucket=options.bucket,
+        overlap=options.overlap,
+        prefetch=options.prefetch,
+        persistence=options.persistence,
+        offload=Offload(
+            states=CPU if options.offload_optimizer else None, parameters=CPU if options.offload_param else None
+        ),
+        schedule=schedule,
+        lr=chosen.lr,
+        weight_decay=chosen.weight_decay,
+        clip=options.clip,
+    )
+
+
+def build_precision(options: SftOptions, group: Group) -> Precision:
+    """Return the dtypes; gradients of a single micro-batch are not added up, and stay in the compute dtype."""
+    chosen, precision = Chosen.of(options), choose_precision(options.dtype)
+    is_one = chosen.batch // group.size <= chosen.micro_batch
+    return replace(precision, accumulate=precision.compute) if is_one else precision
+
+
+def compile_blocks(model: GPT, stage: int) -> None:
+    """Let torch.compile fuse each block.  Raises UserError at stage 3, whose parameters come and go unseen by it"""
+    if stage == 3:
+        raise UserError("--compile with --zero 3: a compiled layer reads parameters that are not there", fix="--zero 2")
+    for block in model.blocks:
+        block.compile()
