@@ -1,17 +1,35 @@
-"""DeepSpeed you can read: chat fine-tuning and the techniques under it, in pure PyTorch."""
+"""DeepSpeed you can read: chat fine-tuning and the techniques under it, in pure PyTorch.
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+A script written for DeepSpeed changes one import, `import minispeed as deepspeed`: its dotted names are found in
+`face/`, which counts as a part of this folder. Every name is imported when it is first asked for: torch takes a second.
+"""
+
+from typing import TYPE_CHECKING
+
+from minispeed.deepspeed.lazily import lazily
 
 if TYPE_CHECKING:
     from minispeed.collective.launch import launch as launch
 
 __version__ = "0.1.0"
+__path__.append(f"{__path__[0]}/face")
 
-_HOMES = {"launch": "minispeed.collective.launch"}  # imported when first asked for: torch takes a second
+_MODULES = ("accelerator", "checkpointing", "comm", "ops", "optim", "runtime", "utils", "zero")
+_HOMES = {
+    **{name: f"minispeed.{name}" for name in _MODULES},
+    "DeepSpeedConfig": "minispeed.deepspeed.settings",
+    "DeepSpeedConfigError": "minispeed.config",
+    "DeepSpeedEngine": "minispeed.deepspeed.engine",
+    "OnDevice": "minispeed.deepspeed.devices",
+    "RepeatingLoader": "minispeed.deepspeed.loader",
+    "add_config_arguments": "minispeed.deepspeed.arguments",
+    "add_tuning_arguments": "minispeed.deepspeed.arguments",
+    "get_accelerator": "minispeed.deepspeed.accelerator",
+    "init_distributed": "minispeed.deepspeed.start",
+    "initialize": "minispeed.deepspeed.initialize",
+    "launch": "minispeed.collective.launch",
+    "log_dist": "minispeed.deepspeed.logging",
+    "logger": "minispeed.deepspeed.logging",
+}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -107,6 +107,8 @@ class Engine:
         prefetch: int = 0,
         persistence: int = 0,
         offload: Offload = Offload(),
+        divisor: float = 1.0,
+        predivide: float = 1.0,
     ) -> None:
         """Take over the model's parameters; every rank starts from rank 0's values.
 
@@ -117,6 +119,8 @@ class Engine:
         param_groups  {"names", ...}: the trainable parameters by group, each with the optimizer's settings of that
                       group; matrices with `weight_decay` and vectors without when absent
         scaler        the loss scale and how it changes; fp16 needs one
+        divisor       what the summed gradient is divided by at the step, for losses that are means of their own
+        predivide     how much of that is divided out before gradients are summed over ranks
         units, bucket, overlap, prefetch, persistence, offload   see `ShardedModel`
         Holds         see `minispeed.zero.table`
         Raises        UserError if the ranks built different models, nothing is trainable, or fp16 has no scaler
@@ -129,6 +133,8 @@ class Engine:
         self.group: Group = group or SoloGroup()
         self.schedule, self.lr, self.clip = schedule, lr, clip
         self.step = self.num_updates = 0  # a skipped step is no update
+        self.skipped = False  # whether the last one was
+        self.divisor, self.predivide = divisor, predivide
         self.model, self.precision, self.scaler = model, precision, scaler or LossScaler.static(1.0)
         self.device = next(model.parameters()).device
         settings: dict[str, object] = {
@@ -164,6 +170,7 @@ class Engine:
             prefetch=prefetch,
             persistence=persistence,
             offload=offload,
+            predivide=predivide,
         )
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -200,7 +207,8 @@ class Engine:
         small = too_small(self.sharded, scaler.scale) if watch_small else {}
         # 3. one rate, one norm, one step
         rate = set_rates(self.optimizer.param_groups, self.schedule, self.lr, self.step)
-        norm, skipped = self.update()
+        norm = self.update()
+        hopeless = self.skipped and scaler.is_at_floor
         return Report(
             loss=sums_of(self.group, [total]).item() / max(1, num_supervised),
             num_supervised=int(num_supervised),
@@ -208,19 +216,23 @@ class Engine:
             norm=norm,
             lr=rate,
             scale=scaler.scale,
-            skipped=skipped,
-            nonfinite=self._find_nonfinite(micro_batches, num_supervised) if skipped and scaler.is_at_floor else "",
+            skipped=self.skipped,
+            nonfinite=self._find_nonfinite(micro_batches, num_supervised) if hopeless else "",
             too_small=small,
         )
 
+    @property
+    def gradient_divisor(self) -> float:
+        """What the gradient in the units is divided by at the step, the loss scale included."""
+        return self.divisor / self.predivide * self.scaler.scale
+
     @torch.no_grad()
-    def update(self, divisor: float = 1.0) -> tuple[float, bool]:
+    def update(self) -> float:
         """Step with the gradients that lie in the units, or, where one is not finite on some rank, forget them.
 
-        divisor  what the gradients are divided by, besides the loss scale
-        Returns  the gradient's norm before clipping, and whether the step was skipped
+        Returns  the gradient's norm before clipping; `skipped` says which it was
         """
-        divisor *= self.scaler.scale
+        divisor = self.gradient_divisor
         norm, is_finite = norm_of(self.sharded)
         norm /= divisor
         if is_finite:
@@ -235,9 +247,10 @@ class Engine:
             self.sharded.publish()
         else:
             self.sharded.forget()
-        self.scaler = self.scaler.after(not is_finite)
+        self.skipped = not is_finite
+        self.scaler = self.scaler.after(self.skipped)
         self.step += 1
-        return norm, not is_finite
+        return norm
 
     def _gradients(
         self,

@@ -26,7 +26,7 @@ from minispeed.collective.group import Group
 from minispeed.collective.processes import TorchGroup, connect
 from minispeed.collective.supervise import Post, run_processes
 from minispeed.collective.threads import run_threads
-from minispeed.collective.world import World, inside
+from minispeed.collective.world import World, current_world, inside
 from minispeed.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -103,15 +103,62 @@ def join(*, backend: str, ranks: int | None = None, timeout: float = 600.0) -> W
             f"warning: launch asks for {ranks} ranks, torchrun started {size}: running on {size}",
             file=sys.stderr,
         )
+    return adopt(timeout=timeout) if dist.is_initialized() else meet(rank, size, backend=backend, timeout=timeout)
+
+
+def meet(rank: int, size: int, *, backend: str, rendezvous: str = "env://", timeout: float = 600.0) -> World:
+    """Return the world of `size` processes that somebody else has started, of which this is number `rank`.
+
+    backend     as for `join`
+    rendezvous  where they meet, torch's `init_method`
+    """
     on_gpu = torch.cuda.is_available() and backend != "gloo"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    if dist.is_initialized():
-        return World(TorchGroup(dist.group.WORLD, FlightRecorder(rank), timeout=timeout), device)
-    group = connect("nccl" if on_gpu else "gloo", "env://", rank=rank, size=size, timeout=timeout)
-    atexit.register(dist.destroy_process_group)
+    device = _own_device(rank, on_gpu)
+    group = connect("nccl" if on_gpu else "gloo", rendezvous, rank=rank, size=size, timeout=timeout)
+    atexit.register(leave)
     return World(group, device)
+
+
+def adopt(*, timeout: float = 600.0) -> World:
+    """Return the world of a process group that the script has made itself.
+
+    One that carries nothing between CPUs gets a second beside it that does.
+    """
+    carriers = dist.get_backend_config()
+    group = dist.group.WORLD if "cpu:" in carriers else dist.new_group(backend="cpu:gloo,cuda:nccl")
+    device = _own_device(dist.get_rank(), torch.cuda.is_available() and "nccl" in carriers)
+    return World(TorchGroup(group, FlightRecorder(dist.get_rank()), timeout=timeout), device)
+
+
+def leave() -> None:
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """Return this rank's number among those of its machine: that of its GPU, where it has one."""
+    world = current_world()
+    if world.device.type == "cuda":
+        return world.device.index or 0
+    return int(os.environ.get("LOCAL_RANK", world.rank))
+
+
+def check_alone() -> None:
+    """Raise UserError if a launcher that says nothing of a rendezvous started this process as one of several."""
+    for name, launcher in {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}.items():
+        if int(os.environ.get(name, 1)) > 1 and not under_torchrun():
+            what = f"{launcher} started {os.environ[name]} processes, and none is told where they meet"
+            raise UserError(what, fix="torchrun, or RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set for each")
+
+
+def _own_device(rank: int, on_gpu: bool) -> torch.device:
+    """Return the GPU that is this process's, and make it the current one; or the CPU."""
+    if not on_gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _on_thread(fn: Callable[..., T], args: tuple[Any, ...], group: Group, device: str) -> T:

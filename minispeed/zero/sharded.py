@@ -43,7 +43,11 @@ class Offload:
 
 
 class ShardedModel:
-    """A module whose parameters live in sharded units; `units` in the order of their division."""
+    """A module whose parameters live in sharded units.
+
+    units          in the order of their division
+    num_backwards  that have begun so far, whoever called them
+    """
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class ShardedModel:
         prefetch: int = 0,
         persistence: int = 0,
         offload: Offload = Offload(),
+        predivide: float = 1.0,
     ) -> None:
         """Take over the module's parameters.
 
@@ -71,6 +76,7 @@ class ShardedModel:
         overlap       compute goes on while a unit's gradients are summed
         prefetch      stage 3: elements of the next units that are gathered while one computes
         persistence   stage 3: a unit of fewer elements stays whole, as at stage 2
+        predivide     what gradients are divided by on their way to the sum
         Raises        UserError if nothing is trainable, or a name is in no unit, or in two
         """
         self.module, self.group, self.stage = module, group, check_stage(stage)
@@ -86,6 +92,7 @@ class ShardedModel:
         if bucket is not None and stage < 3:
             division = buckets_of({name: p.numel() for name, p in parameters.items()}, bucket)
         self.units: list[ShardedUnit] = []
+        self._hooks: list[Any] = []  # handles, to take them off again
         self.rooms = Rooms()
         modules = dict(module.named_modules())
         self._owner: dict[int, ShardedUnit] = {}  # by id of a parameter, and by address of the flat storage
@@ -107,10 +114,14 @@ class ShardedModel:
                     shard_on=offload.parameters,
                     on_read=self._on_read,
                     rooms=self.rooms,
+                    predivide=predivide,
                 )
                 self._adopt(unit, modules.get(where))
-        module.register_forward_pre_hook(lambda module, args: self._open(), prepend=True)
-        module.register_forward_hook(lambda module, args, out: self._close(out), always_call=True)
+        self._hooks += [
+            module.register_forward_pre_hook(lambda module, args: self._open(), prepend=True),
+            module.register_forward_hook(lambda module, args, out: self._close(out), always_call=True),
+        ]
+        self.num_backwards = 0
         self.reduction = Reduction(group, self.units, overlap=overlap)
         self._is_running = self._in_backward = self._is_gathered = False
         self._runs: list[contextlib.ExitStack] = []  # of the whole module's forward that are under way
@@ -127,11 +138,13 @@ class ShardedModel:
             self._owner[id(p)] = unit
             if p.requires_grad:
                 if unit.stage == 3:
-                    p.register_hook(lambda gradient, unit=unit: self._expects_gradient(unit))
-                p.register_post_accumulate_grad_hook(partial(self._got_gradient, unit, name))
+                    self._hooks.append(p.register_hook(lambda gradient, unit=unit: self._expects_gradient(unit)))
+                self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._got_gradient, unit, name)))
         if home is not None:
-            home.register_forward_pre_hook(lambda module, args: self._enter(unit), prepend=True)
-            home.register_forward_hook(lambda module, args, out: self._leave(unit), always_call=True)
+            self._hooks += [
+                home.register_forward_pre_hook(lambda module, args: self._enter(unit), prepend=True),
+                home.register_forward_hook(lambda module, args, out: self._leave(unit), always_call=True),
+            ]
         unit.at("after forward")
 
     def _follow(self, unit: ShardedUnit, old: Any, new: Any) -> None:
@@ -274,6 +287,7 @@ class ShardedModel:
             self._stop()
 
     def _begin(self) -> None:
+        self.num_backwards += 1
         self.reduction.begin(self._order)
         self._in_backward = True
 
@@ -330,3 +344,13 @@ class ShardedModel:
                 if unit.stage == 3:
                     unit.let_go()
             self._rest()
+
+    def dissolve(self) -> None:
+        """Give the module back as an ordinary one, whole on every rank."""
+        self.forget()
+        for hook in self._hooks:
+            hook.remove()
+        for unit in self.units:
+            unit.unshard()
+            for p in unit.parameters.values():
+                p.__class__ = nn.Parameter

@@ -69,6 +69,7 @@ class ShardedUnit:
         shard_on: torch.device | None = None,
         on_read: Callable[["ShardedUnit"], bool] = lambda unit: False,
         rooms: Rooms | None = None,
+        predivide: float = 1.0,
     ) -> None:
         """Copy the parameters into a flat buffer; from now on each is a view of it.
 
@@ -76,6 +77,7 @@ class ShardedUnit:
         states_on   where masters and moments live when they are offloaded; None: with the parameters
         shard_on    where a released unit's shard lives when it is offloaded; None: with the parameters
         rooms       memory for gradients on their way, shared by the units of a model
+        predivide   what gradients are divided by on their way to the sum
         on_read     called when somebody reads a released parameter: unshards the unit, or returns False to refuse
         Holds       P (or, at stage 3, S) in compute dtype, S masters where their dtype or place is another
         """
@@ -83,7 +85,7 @@ class ShardedUnit:
         for p in self.parameters.values():
             if (owner := owner_of(p)) is not None:  # it was born in pieces
                 owner.unshard()
-        self.group, self.stage, self.dtypes = group, stage, dtypes
+        self.group, self.stage, self.dtypes, self.predivide = group, stage, dtypes, predivide
         self.whole = stage == 0  # every rank updates everything
         self.trainable = any(p.requires_grad for p in self.parameters.values())
         self.part = 0 if self.whole else group.rank
@@ -279,6 +281,8 @@ class ShardedUnit:
         assert self.full is not None
         with plainly():
             sent = self.full.to(self.dtypes.reduce)
+            if self.predivide != 1.0:
+                sent.div_(self.predivide)
             room, self.full = self.full, None
             if self.whole:
                 self._reducing = self.group.all_reduce(sent), room, sent, sent

@@ -1,0 +1,212 @@
+"""`initialize`: what DeepSpeed's call is given, sorted out, and an engine made of it.
+
+    engine, optimizer, dataloader, scheduler = minispeed.initialize(
+        model=model, model_parameters=model.parameters(), config={"train_batch_size": 8, ...})
+
+The same call takes a Module first and flat settings: `initialize(model, train_batch_size=32, train_lr=1e-3, ...)`.
+
+https://deepspeed.readthedocs.io/en/latest/initialize.html
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minispeed.collective.group import Group
+from minispeed.collective.trace import Trace, Traced
+from minispeed.collective.world import current_world
+from minispeed.config import Config, read_config
+from minispeed.deepspeed.engine import DeepSpeedEngine
+from minispeed.deepspeed.loader import make_loader
+from minispeed.deepspeed.logging import print_rank_0
+from minispeed.deepspeed.lr_schedules import SCHEDULERS
+from minispeed.deepspeed.optimizer import adopt, named_groups
+from minispeed.deepspeed.start import init_distributed
+from minispeed.engine import Engine
+from minispeed.errors import UserError
+from minispeed.optim import SGD, Adam, AdamW
+from minispeed.precision import DTYPES, Precision
+from minispeed.scaler import LossScaler
+from minispeed.zero.absent import owner_of
+from minispeed.zero.sharded import Offload
+
+OURS = {"Adam": Adam, "AdamW": AdamW, "SGD": SGD}
+CPU = torch.device("cpu")
+
+Maker = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    mesh_param: Any = None,
+    config_params: Mapping[str, Any] | str | Path | None = None,
+    **flat: Any,
+) -> tuple[DeepSpeedEngine, Any, Any, Any]:
+    """Return the engine, its optimizer, a loader of the training data and the learning-rate schedule.
+
+    args              an object whose `deepspeed_config` is the path of a configuration; a Module is taken as the model
+    model             what is trained; its parameters are taken over
+    optimizer         one made of the model's parameters, or a function of them; else the configuration's
+    model_parameters  parameters or parameter groups to train; all trainable ones when absent
+    training_data     a dataset; the loader gives this rank's micro-batches
+    lr_scheduler      an object with `step`, or a function of the optimizer that makes one; else the configuration's
+    config            a dict or the path of a JSON file (`config_params` is its old name)
+    flat              settings in the flat dialect; see `minispeed.config.flat`
+    The other two that matter nowhere here: `distributed_port`; `mpu` and `mesh_param` other than of size 1 are refused.
+
+    Where nobody has started the process group, it is started.
+    Raises  UserError; DeepSpeedConfigError for what is wrong in the configuration
+    """
+    if isinstance(args, nn.Module) and model is None:
+        args, model = None, args
+    if not isinstance(model, nn.Module):
+        raise UserError(f"initialize got {type(model).__name__} for a model", fix="initialize(model=a torch Module)")
+    _refuse_cut_models(mpu, mesh_param)
+    init_distributed(dist_init_required=dist_init_required)
+    world = current_world()
+    settings = read_config(_source(args, config, config_params), data_parallel=world.size, flat=flat)
+    for line in settings.notes:
+        print_rank_0(line)
+    if settings.dump_state:
+        print_rank_0(settings)
+    trace = Trace()
+    group = Traced(world.group, trace) if settings.wall_clock_breakdown else world.group
+    _move(model, world.device)
+    core = _make_core(model, group, settings, optimizer, model_parameters)
+    engine = DeepSpeedEngine(model, world, settings, core, trace)
+    engine.lr_scheduler = _make_scheduler(settings, lr_scheduler, core)
+    if training_data is not None:
+        engine.training_dataloader = make_loader(
+            training_data,
+            micro_batch=settings.batch.micro,
+            group=world.group,
+            collate_fn=collate_fn,
+            drop_last=settings.dataloader_drop_last,
+        )
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _refuse_cut_models(mpu: Any, mesh_param: Any) -> None:
+    """Raise UserError where a model is to be cut in another way than ZeRO's."""
+    size = mpu.get_model_parallel_world_size() if hasattr(mpu, "get_model_parallel_world_size") else 1
+    if size > 1 or (mesh_param is not None and tuple(mesh_param)[1:] not in ((), (1,))):
+        what = f"mpu with {size} model-parallel ranks" if size > 1 else f"mesh_param={mesh_param}"
+        raise UserError(f"{what}: only the batch is divided over ranks here", fix="all ranks data-parallel")
+
+
+def _source(args: Any, config: Any, config_params: Any) -> Any:
+    """Return the one configuration among those given."""
+    named = {
+        "config": config,
+        "config_params": config_params,
+        "--deepspeed_config": getattr(args, "deepspeed_config", None),
+    }
+    given = [(name, one) for name, one in named.items() if one is not None]
+    if len(given) > 1:
+        raise UserError(f"two configurations: {given[0][0]} and {given[1][0]}", fix="one of them")
+    return given[0][1] if given else None
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Move a model to where it is computed, but for parameters that were born in pieces."""
+    if all(owner_of(p) is None for p in model.parameters()):
+        model.to(device)
+
+
+def _make_core(model: nn.Module, group: Group, settings: Config, optimizer: Any, parameters: Any) -> Engine | None:
+    if optimizer is not None and settings.optimizer is not None:
+        what = f"an optimizer twice: the argument, and {settings.optimizer.type} in the configuration"
+        raise UserError(what, fix="one of them")
+    precision = _precision(model, settings)
+    if optimizer is None and settings.optimizer is None:
+        model.to(precision.compute)
+        return None
+    groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    if callable(optimizer):
+        optimizer = optimizer(groups)
+    if optimizer is not None:
+        groups, make = optimizer.param_groups, adopt(optimizer)
+    else:
+        make = _maker(settings)
+    zero = settings.zero
+    return Engine(
+        model,
+        group,
+        precision=precision,
+        zero=zero.stage,
+        clip=settings.gradient_clipping,
+        optimizer=make,
+        param_groups=named_groups(model, groups),
+        scaler=_scaler(settings),
+        bucket=zero.reduce_bucket_size if zero.stage else None,
+        overlap=bool(zero.overlap_comm),
+        prefetch=zero.prefetch_bucket_size,
+        persistence=zero.param_persistence_threshold,
+        offload=Offload(
+            states=CPU if zero.offload_optimizer.device == "cpu" else None,
+            parameters=CPU if zero.offload_param.device == "cpu" else None,
+        ),
+        divisor=group.size * settings.batch.accumulation,
+        predivide=group.size if settings.prescale_gradients else settings.gradient_predivide_factor,
+    )
+
+
+def _precision(model: nn.Module, settings: Config) -> Precision:
+    """Return the dtypes that the configuration asks for; a model in fp64 stays so.
+
+    Raises  UserError if the model is in half precision and the configuration does not say so
+    """
+    held = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    compute = DTYPES[settings.dtype]
+    if compute == torch.float32 and held - {torch.float32, torch.float64}:
+        name = next(name for name, dtype in DTYPES.items() if dtype in held - {torch.float32, torch.float64})
+        what = f"the model holds {name} parameters, and the configuration asks for fp32"
+        raise UserError(what, fix=f'"{name}": {{"enabled": true}}, or model.float()')
+    if compute == torch.float32 and held == {torch.float64}:
+        return Precision(torch.float64)
+    reduce, accumulate = settings.communication_data_type, settings.data_types.grad_accum_dtype
+    return Precision(compute, "config", reduce=DTYPES[reduce], accumulate=DTYPES[accumulate or settings.dtype])
+
+
+def _scaler(settings: Config) -> LossScaler | None:
+    fp16 = settings.fp16
+    if not fp16.enabled:
+        return LossScaler.static(1.0) if settings.communication_data_type == "fp16" else None
+    if not fp16.is_dynamic:
+        return LossScaler.static(fp16.loss_scale)
+    return LossScaler(
+        scale=fp16.first_scale,
+        window=fp16.loss_scale_window,
+        hysteresis=fp16.hysteresis,
+        consecutive_hysteresis=fp16.consecutive_hysteresis,
+        floor=fp16.min_loss_scale,
+    )
+
+
+def _maker(settings: Config) -> Maker:
+    """Return what makes the configuration's optimizer of parameter groups."""
+    assert settings.optimizer is not None
+    kind, params = settings.optimizer.type, dict(settings.optimizer.params)
+    return lambda groups: (OURS.get(kind) or getattr(torch.optim, kind))(groups, **params)
+
+
+def _make_scheduler(settings: Config, given: Any, core: Engine | None) -> Any:
+    """Return the caller's schedule, or the configuration's, or None."""
+    if core is None:
+        return given
+    if given is None and settings.scheduler is not None:
+        return SCHEDULERS[settings.scheduler.type](core.optimizer, **settings.scheduler.params)
+    return given(core.optimizer) if callable(given) and not hasattr(given, "step") else given

@@ -1,0 +1,10 @@
+"""DeepSpeed's `deepspeed.runtime.zero.partition_parameters`."""
+
+from minispeed.deepspeed.zero import (
+    GatheredParameters,
+    Init,
+    register_external_parameter,
+    unregister_external_parameter,
+)
+
+__all__ = ["GatheredParameters", "Init", "register_external_parameter", "unregister_external_parameter"]
