@@ -436,3 +436,25 @@ def test_groups_keep_their_settings_and_schedulers_their_optimizer(stage):
         return rates
 
     assert on_ranks(2, train) == [[[0.25, 0.05], [0.5 / 3, 0.1 / 3], [0.125, 0.025]]] * 2
+
+
+def test_a_torch_scheduler_takes_the_optimizer_that_is_returned():
+    engine = start(1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, lambda index: 1 / (index + 1))
+    for index in range(2):
+        step(engine, 0, 1, index)
+        scheduler.step()
+    assert engine.get_lr() == [0.01 * (1 / 3)]
+    saved = engine.optimizer.state_dict()
+    other = start(1)
+    step(other, 0, 1, 0)
+    other.optimizer.load_state_dict(saved)
+    assert other.get_lr() == [0.01 * (1 / 3)] and "AdamW" in repr(other.optimizer)
+
+
+def test_ranks_with_different_configurations_are_named():
+    def begin(rank):
+        with pytest.raises(UserError, match="gradient_clipping is 0.0 on rank 0, 1.0 on rank 1"):
+            minispeed.initialize(model=Net(), config={"train_batch_size": 2, "gradient_clipping": float(rank)})
+
+    on_ranks(2, begin)

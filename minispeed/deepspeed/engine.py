@@ -44,7 +44,7 @@ class DeepSpeedEngine(nn.Module):
         self.module, self.world, self.config, self.core = module, world, config, core
         self.device, self.local_rank = world.device, world.device.index or 0
         self.global_rank, self.world_size = world.rank, world.size
-        self.optimizer = None if core is None else EngineOptimizer(core, step=self._update, zero_grad=self.zero_grad)
+        self.optimizer = None if core is None else EngineOptimizer(core, step=self._make_update, zero_grad=self.zero_grad)
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
         self.global_steps = self.micro_steps = self.skipped_steps = self.global_samples = 0
@@ -115,7 +115,9 @@ class DeepSpeedEngine(nn.Module):
         with self._reporter.timed("step"):
             self._use_gradients()
             if is_boundary:
-                self._update(lr_kwargs or {})
+                assert self.optimizer is not None
+                self.optimizer.step()  # not `_make_update` itself: torch's schedulers listen to it
+                self._finish(lr_kwargs or {})
         self.micro_steps += 1
         self._expect()
         self.tput_timer.stop(global_step=is_boundary, report_speed=is_boundary)
@@ -144,10 +146,12 @@ class DeepSpeedEngine(nn.Module):
             raise UserError("step, and no backward before it", fix="engine.backward(loss) first")
         self._forget_counts()
 
-    def _update(self, lr_kwargs: Mapping[str, Any] = {}) -> None:
-        core = self._trained()
-        self._norm = core.update()
-        if core.skipped:
+    def _make_update(self) -> None:
+        self._norm = self._trained().update()
+
+    def _finish(self, lr_kwargs: Mapping[str, Any]) -> None:
+        """Move the schedule and the counts on after an update."""
+        if self._trained().skipped:
             self.skipped_steps += 1
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from minispeed.collective.agree import agree
 from minispeed.collective.group import Group
 from minispeed.collective.trace import Trace, Traced
 from minispeed.collective.world import current_world
-from minispeed.config import Config, read_config
+from minispeed.config import Config, read_config, values_of
 from minispeed.deepspeed.engine import DeepSpeedEngine
 from minispeed.deepspeed.loader import make_loader
 from minispeed.deepspeed.logging import print_rank_0
@@ -78,6 +79,7 @@ def initialize(
     init_distributed(dist_init_required=dist_init_required)
     world = current_world()
     settings = read_config(_source(args, config, config_params), data_parallel=world.size, flat=flat)
+    agree(world.group, values_of(settings))
     for line in settings.notes:
         print_rank_0(line)
     if settings.dump_state:

@@ -44,6 +44,9 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Return the inner optimizer's settings."""
         return self.optimizer.defaults
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["core"].optimizer, name)
+
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make an update now, at whatever micro-batch the engine is."""
         if closure is not None:
