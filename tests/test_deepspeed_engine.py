@@ -205,6 +205,23 @@ def test_no_sync_adds_up_on_each_rank(stage):
     assert on_ranks(2, train) == [True] * 2
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_no_sync_sends_nothing(stage):
+    def train(rank):
+        engine = made(stage, accumulation=1, wall_clock_breakdown=True)
+        trace = engine._reporter.trace
+        engine.backward(engine(rows(2, 1, 0)[0, rank]))  # the first backward agrees on an order
+        engine.zero_grad()
+        trace.clear()
+        with engine.no_sync():
+            engine.backward(engine(rows(2, 1, 1)[0, rank]))
+        inside = trace.count()
+        engine.backward(engine(rows(2, 1, 2)[0, rank]))
+        return inside, trace.count() > 0
+
+    assert on_ranks(2, train) == [(0, True)] * 2
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_no_sync_is_refused_where_gradients_are_cut(stage):
     with pytest.raises(UserError, match=f"stage {stage}"), made(stage).no_sync():
@@ -342,3 +359,22 @@ def test_destroy_gives_an_ordinary_module_back(stage):
         return all(type(p) is nn.Parameter for p in Net().parameters()) and close(whole(again), expected, most=0)
 
     assert on_ranks(2, train) == [True] * 2
+
+
+@pytest.mark.parametrize("early", [{"prescale_gradients": True}, {"gradient_predivide_factor": 4.0}])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_when_gradients_are_divided_changes_nothing(stage, early):
+    """Only how large they are on their way: with 3 ranks, a third or a quarter."""
+    sent = []
+
+    def train(rank):
+        engine, late = made(stage, 2, **early), made(stage, 2)
+        for each in (engine, late):
+            for x in rows(3, 2, 0)[:, rank]:
+                each.backward(each(x))
+                each.step()
+        assert engine.get_global_grad_norm() == pytest.approx(late.get_global_grad_norm(), rel=1e-12)
+        sent.append(engine.core.predivide)
+        return close(whole(engine), whole(late))
+
+    assert on_ranks(3, train) == [True] * 3 and set(sent) == {3.0 if "prescale_gradients" in early else 4.0}

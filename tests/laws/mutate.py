@@ -22,6 +22,7 @@ LATTICE = "tests/laws/test_lattice.py"
 ENGINE, CLIP, NUMBERS = "minispeed/engine.py", "minispeed/clip.py", "minispeed/collective/numbers.py"
 UNIT, SHARDED, REDUCTION = "minispeed/zero/unit.py", "minispeed/zero/sharded.py", "minispeed/zero/reduction.py"
 TABLE, LEDGER = "minispeed/zero/table.py", "tests/test_ledger.py"
+SNAPSHOT, CALLS, CALLING = "minispeed/snapshot.py", "minispeed/deepspeed/engine.py", "tests/test_deepspeed_engine.py"
 
 
 class Mutation(NamedTuple):
@@ -246,6 +247,62 @@ MUTATIONS = [
         "mine = parts[(rank - 1 - step) % size]",
         "mine = parts[(rank - step) % size]",
         "tests/test_rings.py",
+    ),
+    Mutation(
+        "a frozen parameter that was loaded is not gathered",
+        SNAPSHOT,
+        "sharded.publish(frozen=True)",
+        "sharded.publish()",
+        "tests/test_snapshot.py",
+    ),
+    Mutation(
+        "an optimizer's count of updates is not saved",
+        SNAPSHOT,
+        "for key, value in _numbers(optimizer, group).items():",
+        "for key, value in ():",
+        "tests/test_snapshot.py",
+    ),
+    Mutation(
+        "forget to divide by the accumulation",
+        "minispeed/deepspeed/initialize.py",
+        "divisor=group.size * settings.batch.accumulation",
+        "divisor=group.size",
+        CALLING,
+    ),
+    Mutation(
+        "what was divided out early is divided out again",
+        ENGINE,
+        "self.divisor / self.predivide * self.scaler.scale",
+        "self.divisor * self.scaler.scale",
+        CALLING,
+    ),
+    Mutation(
+        "a backward that the caller calls ends without reducing",
+        SHARDED,
+        "torch.autograd.Variable._execution_engine.queue_callback(self._end_unasked)",
+        "torch.autograd.Variable._execution_engine.queue_callback(self._stop)",
+        CALLING,
+    ),
+    Mutation(
+        "gradients set by hand are divided like summed ones",
+        CALLS,
+        "p.grad * (core.scaler.scale * self.config.batch.accumulation)",
+        "p.grad * core.scaler.scale",
+        CALLING,
+    ),
+    Mutation(
+        "inside no_sync the last micro-batch is summed",
+        CALLS,
+        "is_last = self.is_gradient_accumulation_boundary() and self._is_synchronised",
+        "is_last = self.is_gradient_accumulation_boundary()",
+        CALLING,
+    ),
+    Mutation(
+        "zero_grad leaves what was added up",
+        "minispeed/zero/unit.py",
+        "self.gradient = self.full = None",
+        "pass",
+        CALLING,
     ),
 ]
 
