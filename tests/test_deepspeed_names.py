@@ -29,6 +29,7 @@ from minispeed.collective.world import World, current_world, inside
 from minispeed.deepspeed import checkpointing, logging as words, lr_schedules as schedulers, monitor, timers
 from minispeed.deepspeed.accelerator import TENSORS, Accelerator
 from minispeed.deepspeed.adam import DeepSpeedCPUAdam, FusedAdam
+from minispeed.deepspeed.comm import exchange
 from minispeed.deepspeed.devices import OnDevice
 from minispeed.deepspeed.loader import RepeatingLoader, make_loader
 from minispeed.errors import UserError
@@ -90,6 +91,7 @@ import torch
 import torch.distributed
 import minispeed as deepspeed
 import minispeed.comm as dist
+from minispeed.deepspeed.groups import group_of
 
 rank, file, port = int(sys.argv[1]), *sys.argv[2:]
 
@@ -99,6 +101,7 @@ def check(way):
     theirs = torch.distributed.new_group([0, 1])
     y = torch.tensor([rank + 1.0])
     dist.all_reduce(y, group=theirs)
+    assert group_of(torch.distributed.group.WORLD) is dist.get_world_group()
     dist.all_reduce(y, op=torch.distributed.ReduceOp.MAX, group=torch.distributed.group.WORLD)
     print(way, x.item(), y.item(), dist.get_rank(theirs), dist.get_local_rank(), dist.get_world_size(), flush=True)
 
@@ -335,6 +338,17 @@ def test_the_same_calls_on_processes():
         shared_pool().run(CASES[name][0], *arguments, ranks=4)
 
 
+def test_what_is_empty_does_not_travel():
+    class Noting(SoloGroup):
+        def exchange(self, sends, recvs):
+            noted.append((len(sends), len(recvs)))
+
+    noted, empty, full = [], torch.zeros(0, 3), torch.zeros(2, 3)
+    for sent, received in ((empty, full), (full, empty)):
+        exchange(Noting(), [sent], [received])
+    assert noted == [(0, 1), (1, 0)]
+
+
 def test_two_threads_that_both_send_first_are_told():
     def both(world):
         comm.isend(torch.zeros(1), 1 - world.rank)
@@ -492,11 +506,12 @@ def test_the_ranks_share_the_rows(num_rows, ranks, micro_batch, drop_last, seed)
 
 
 def test_the_default_order_is_deepspeeds_and_batches_are_tensors():
-    sampler = torch.utils.data.DistributedSampler(range(11), num_replicas=2, rank=1)
     rows = [(torch.tensor([float(row)]), row) for row in range(11)]
-    batches = list(make_loader(rows, micro_batch=4, group=Numbered(1, 2)))
-    assert torch.cat([numbers for _, numbers in batches]).tolist() == list(sampler)
-    assert batches[0][0].shape == (4, 1)
+    for named in ({}, {"seed": 3}):
+        sampler = torch.utils.data.DistributedSampler(range(11), num_replicas=2, rank=1, **named)
+        batches = list(make_loader(rows, micro_batch=4, group=Numbered(1, 2), **named))
+        assert torch.cat([numbers for _, numbers in batches]).tolist() == list(sampler)
+        assert batches[0][0].shape == (4, 1)
 
 
 @pytest.mark.parametrize(("rows", "message"), [(iter([1]), "list_iterator, of which no row"), ([], "has no rows")])
@@ -594,7 +609,8 @@ def test_named_timers_add_up_and_print_one_line(clock, capsys):
 def test_csv_files_are_laid_out_as_deepspeeds(tmp_path):
     for rank in (0, 1):
         for samples in (8, 16):  # the second is a resumed run
-            curves = monitor.Monitors(monitor.CSVMonitor(True, str(tmp_path / str(rank)), "job", rank=rank))
+            other = monitor.CSVMonitor(True, str(tmp_path / "other"), rank=rank)
+            curves = monitor.Monitors(monitor.CSVMonitor(True, str(tmp_path / str(rank)), "job", rank=rank), other)
             assert curves.enabled
             curves.write(samples, train_loss=torch.tensor(2.5), lr=1e-3)
             curves.write_events([("my loss", 1, samples)])
@@ -606,6 +622,7 @@ def test_csv_files_are_laid_out_as_deepspeeds(tmp_path):
         "my_loss.csv": [["step", "my loss"], ["8", "1.0"], ["16", "1.0"]],
     }
     assert not (tmp_path / "1").exists()
+    assert {path.name for path in (tmp_path / "other" / "DeepSpeedJobName").iterdir()} == set(read)
 
 
 def test_what_is_off_writes_nothing(tmp_path):
@@ -842,6 +859,9 @@ def test_deepspeeds_adams_take_arguments_in_its_order():
 # ------------------------------------------------------------------------------------------ parameters in pieces
 
 
+WAYS = ["module", "default", "mpu", "data_parallel_group", "sequence_data_parallel_group"]
+
+
 def build(world, seed, ways):
     """Build in one of several ways, look at it, change it."""
 
@@ -855,16 +875,17 @@ def build(world, seed, ways):
         return made
 
     whole = model()
+    group = world.group if ways in ("module", "default") else world.subgroup([list(range(world.size))])
     if ways == "module":
         made = model()
         zero.Init(module=made)
     else:
-        group = {"group": world.group, "mpu": None, "default": None}[ways]
-        mpu = types.SimpleNamespace(get_data_parallel_group=lambda: world.group) if ways == "mpu" else None
-        with zero.Init(data_parallel_group=group, mpu=mpu, config_dict_or_path={"anything": 1}):
+        mpu = types.SimpleNamespace(get_data_parallel_group=lambda: group)
+        named = {"default": {}, "mpu": {"mpu": mpu}}.get(ways, {ways: group})
+        with zero.Init(config_dict_or_path={"anything": 1}, **named):
             made = model()
     assert all(owner_of(p).is_released for p in made.parameters())
-    assert owner_of(made[0].weight).group is world.group
+    assert owner_of(made[0].weight).group is group
     with pytest.raises(UserError, match="is released"):
         made[0].weight.sum()
     zero.register_external_parameter(made, made[0].weight)
@@ -878,7 +899,7 @@ def build(world, seed, ways):
         assert torch.equal(made[1].weight, whole[1].weight)
 
 
-@given(st.integers(1, 4), st.integers(0, 99), st.sampled_from(["module", "group", "mpu", "default"]))
+@given(st.integers(1, 4), st.integers(0, 99), st.sampled_from(WAYS))
 def test_models_are_born_in_pieces_of_the_threads_world(ranks, seed, ways):
     minispeed.launch(build, seed, ways, ranks=ranks)
 
@@ -966,6 +987,18 @@ def test_flags_go_beside_the_scripts_own():
     )
     assert (tuned.lr_schedule, tuned.cycle_momentum, tuned.warmup_num_steps) == ("OneCycle", True, 7)
     assert tuned.cycle_max_lr == 2.0 and tuned.cycle_second_step_size == -1 and not tuned.lr_range_test_staircase
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_scripts_own_local_rank_comes_before_ours(first):
+    parser = argparse.ArgumentParser()
+    if first:
+        parser.add_argument("--local_rank", type=float, default=7.5)
+    minispeed.add_config_arguments(parser)
+    if not first:
+        assert parser.parse_args(["--local_rank", "3"]).local_rank == 3
+        parser.add_argument("--local_rank", type=float, default=7.5)
+    assert parser.parse_args([]).local_rank == 7.5
 
 
 # ------------------------------------------------------------------------------------------ recomputation

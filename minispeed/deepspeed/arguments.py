@@ -1,6 +1,6 @@
 """The command-line flags that DeepSpeed adds to a script's own parser.
 
-`--local_rank` is none of them: the script declares it itself, and under torchrun asks `get_local_rank()` instead.
+`--local_rank`, which launchers pass, gives way to one that the script declares itself, before or after.
 
 https://deepspeed.readthedocs.io/en/latest/initialize.html#argument-parsing
 """
@@ -35,11 +35,14 @@ TUNING: dict[str, float | int | str | bool | None] = {  # flag -> default; False
 
 
 def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add `--deepspeed` and `--deepspeed_config FILE`, and the same under an older name; return the parser."""
+    """Add `--deepspeed`, `--deepspeed_config FILE`, both by an older name, and `--local_rank`; return the parser."""
     group = parser.add_argument_group("DeepSpeed", "what minispeed.initialize(args, ...) reads")
     for name, age in (("deepspeed", ""), ("deepscale", ", by its older name")):
         group.add_argument(f"--{name}", action="store_true", help=f"for the script's own use{age}")
         group.add_argument(f"--{name}_config", metavar="FILE", help=f"DeepSpeed's configuration, JSON{age}")
+    if "--local_rank" not in parser._option_string_actions:
+        parser.conflict_handler = "resolve"  # the script's own takes its place
+        group.add_argument("--local_rank", type=int, default=-1, help="this rank's number on its machine")
     return parser
 
 

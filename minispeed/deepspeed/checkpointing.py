@@ -33,7 +33,6 @@ def configure(
         "synchronize": synchronize,
         "profile": profile,
     }
-    reset()
     _configured.update(asked, mpu=mpu_, config=deepspeed_config, num_checkpoints=num_checkpoints)
     without_effect = [name for name, value in asked.items() if value]
     if without_effect:

@@ -96,7 +96,7 @@ def decode(
     cache = Cache(
         num_layers=config.num_layers,
         batch=len(prompts),
-        num_kv_heads=config.num_kv_heads,
+        num_kv_heads=model.num_kv_heads,
         head_dim=config.head_dim,
         capacity=T + room,
         like=model.embed.tokens.weight,

@@ -129,7 +129,7 @@ class GPT(nn.Module):
         self.embed = Embedding(config)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = make_norm(config, config.model_dim)
-        self.head = nn.Linear(config.model_dim, config.vocab_size, bias=False, device="meta")
+        self.head = Head(config.model_dim, config.vocab_size, bias=False, device="meta")
         if config.tied:
             self.head.weight = self.embed.tokens.weight
         initialise(self, seed=seed, model_dim=config.model_dim, num_layers=config.num_layers)
@@ -140,6 +140,13 @@ class GPT(nn.Module):
         for index, block in enumerate(self.blocks):
             yield f"blocks.{index}", block
         yield "norm", Final(self.norm)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G, of the heads that are here: all, unless the weights have been cut."""
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        return block.attention.qkv.weight.shape[0] // (block.attention.num_shares + 2) // self.config.head_dim
 
     def features(
         self,
@@ -195,7 +202,15 @@ class GPT(nn.Module):
         Holds    no (B, T, V) logits: the head runs on chunks of the supervised rows alone
         Returns  (B, T), nats, fp32 or wider
         """
-        return token_losses(self.features(tokens, **rows), self.head.weight, labels)
+        return self.head.losses(self.features(tokens, **rows), labels)
+
+
+class Head(nn.Linear):
+    """Features to the scores of every token; or, where the labels are known, straight to losses."""
+
+    def losses(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each token's prediction: see `token_losses`.  (B, T, D), (B, T) -> (B, T)"""
+        return token_losses(features, self.weight, labels)
 
 
 class Embedding(nn.Module):
@@ -235,15 +250,17 @@ class Attention(nn.Module):
         super().__init__()
         D, K = config.model_dim, config.head_dim
         self.head_dim, self.index = K, index
-        self.sizes = [config.num_heads * K, config.num_kv_heads * K, config.num_kv_heads * K]
-        self.qkv = nn.Linear(D, sum(self.sizes), bias=config.qkv_bias, device="meta")
-        self.out = nn.Linear(self.sizes[0], D, bias=config.bias, device="meta")
+        self.num_shares = config.num_heads // config.num_kv_heads  # query heads to a key/value head
+        self.qkv = nn.Linear(D, (config.num_heads + 2 * config.num_kv_heads) * K, bias=config.qkv_bias, device="meta")
+        self.out = nn.Linear(config.num_heads * K, D, bias=config.bias, device="meta")
         self.query_norm = make_norm(config, K) if config.qk_norm else None
         self.key_norm = make_norm(config, K) if config.qk_norm else None
         self.core = implementation(config.attention)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        parts = self.qkv(x).split(self.sizes, dim=-1)
+        fused = self.qkv(x)
+        width = fused.shape[-1] // (self.num_shares + 2)  # G K, of the heads that are here
+        parts = fused.split([self.num_shares * width, width, width], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)  # (B, H or G, T, K)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)

@@ -32,7 +32,7 @@ def token_losses(features: Tensor, weight: Tensor, labels: Tensor, *, chunk: int
     return losses.new_zeros(labels.shape).masked_scatter(supervised, losses)
 
 
-def _chunks(total: int, size: int) -> Iterator[slice]:
+def chunks(total: int, size: int) -> Iterator[slice]:
     """Cut `total` rows; one chunk at least: a rank with nothing to learn reads the same weights as the others."""
     for start in range(0, max(1, total), size):
         yield slice(start, start + size)
@@ -44,7 +44,7 @@ class _ChunkedLoss(torch.autograd.Function):
         wide = torch.promote_types(features.dtype, torch.float32)
         log_sum = features.new_empty(labels.shape, dtype=wide)
         chosen = torch.empty_like(log_sum)
-        for part in _chunks(len(labels), chunk):
+        for part in chunks(len(labels), chunk):
             logits = (features[part] @ weight.T).to(wide)  # (n, D) -> (n, V)
             log_sum[part] = logits.logsumexp(-1)
             chosen[part] = logits.gather(1, labels[part, None])[:, 0]
@@ -58,7 +58,7 @@ class _ChunkedLoss(torch.autograd.Function):
         features, weight, labels, log_sum = ctx.saved_tensors
         grad_features = torch.empty_like(features)
         grad_weight = torch.zeros_like(weight, dtype=log_sum.dtype)
-        for part in _chunks(len(labels), ctx.chunk):
+        for part in chunks(len(labels), ctx.chunk):
             logits = (features[part] @ weight.T).to(log_sum.dtype)
             grad_logits = (logits - log_sum[part, None]).exp()  # the softmax, (n, V)
             grad_logits.scatter_add_(1, labels[part, None], -torch.ones_like(log_sum[part, None]))
