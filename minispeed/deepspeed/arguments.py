@@ -41,7 +41,7 @@ def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
         group.add_argument(f"--{name}", action="store_true", help=f"for the script's own use{age}")
         group.add_argument(f"--{name}_config", metavar="FILE", help=f"DeepSpeed's configuration, JSON{age}")
     if "--local_rank" not in parser._option_string_actions:
-        parser.conflict_handler = "resolve"  # the script's own takes its place
+        parser._optionals.conflict_handler = "resolve"  # the script's own takes its place
         group.add_argument("--local_rank", type=int, default=-1, help="this rank's number on its machine")
     return parser
 

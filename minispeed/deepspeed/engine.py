@@ -44,7 +44,9 @@ class DeepSpeedEngine(nn.Module):
         self.module, self.world, self.config, self.core = module, world, config, core
         self.device, self.local_rank = world.device, world.device.index or 0
         self.global_rank, self.world_size = world.rank, world.size
-        self.optimizer = None if core is None else EngineOptimizer(core, step=self._make_update, zero_grad=self.zero_grad)
+        self.optimizer = (
+            None if core is None else EngineOptimizer(core, step=self._make_update, zero_grad=self.zero_grad)
+        )
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
         self.global_steps = self.micro_steps = self.skipped_steps = self.global_samples = 0
