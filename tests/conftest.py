@@ -1,6 +1,8 @@
-"""What holds for every test: one thread, one number of draws, and a GPU or a skip that says so."""
+"""What holds for every test: one thread, no world, one number of draws, and a GPU or a skip that says so."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import Phase, settings
@@ -35,3 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(autouse=True)
+def no_world_is_left() -> Iterator[None]:
+    """A script's world is its process's: the next test begins without one."""
+    yield
+    world = sys.modules.get("minispeed.collective.world")
+    if world is not None and world.settled_world() is not None:
+        world.settle(None)
