@@ -1,0 +1,217 @@
+"""Say how a model is cut over tensor-parallel ranks: a table from names to rules.
+
+    {"blocks.*.mlp.up": Column(), "blocks.*.mlp.down": Row(), "blocks.*.mlp_norm": Replica(), ...}
+
+A name is that of a module or a parameter; between two dots, `*` stands for any letters. What the plan does not name
+stays whole on every rank, and computes the same there. A rule is data: it says where the elements of each parameter
+lie and what tp must divide, and `parallel.py` does it. The GPT's own plan is `gpt_plan`.
+
+Megatron-LM, Shoeybi et al. 2019, section 3.  https://arxiv.org/abs/1909.08053
+Letters: D model, F features, V vocabulary.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from torch import nn
+
+from minispeed.errors import UserError, nearest
+from minispeed.model.gpt import GPTConfig
+from minispeed.placement import Place, Replicated, Shard
+
+AXIS = "tp"
+
+
+class Use(NamedTuple):
+    """What becomes of a parameter.
+
+    place  where its elements lie
+    on     what each rank applies a whole one to: to what is "whole" on every rank, or to its own "heads", or "tokens"
+           where the stream is cut; its gradients are then parts, to be summed
+    """
+
+    place: Place = Replicated()
+    on: Literal["whole", "heads", "tokens"] = "whole"
+
+
+class Count(NamedTuple):
+    """So many of something, which tp must divide."""
+
+    number: int
+    what: str
+
+
+class Rule:
+    """What the plan says of a module, `leaf`, whose parameters by name are `own`."""
+
+    def uses(self, leaf: Any, own: Iterable[str]) -> dict[str, Use]:
+        """Return what becomes of each of its parameters."""
+        return {}
+
+    def counts(self, leaf: Any) -> list[Count]:
+        """Return what tp must divide."""
+        return []
+
+    def problem(self, leaf: Any) -> str:
+        """Return why it cannot be cut, whatever tp is: "has 10 ..."; "" if it can."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Column(Rule):
+    """Cut a Linear by its output features.
+
+    chunks    how many tensors of one width are fused in its output, or their widths; each is cut for itself
+    head_dim  features of a head, for no head is cut
+    """
+
+    chunks: int | tuple[int, ...] = 1
+    head_dim: int = 1
+
+    def widths(self, leaf: nn.Linear) -> tuple[int, ...]:
+        """Return the width of each chunk."""
+        return (leaf.out_features // self.chunks,) * self.chunks if isinstance(self.chunks, int) else self.chunks
+
+    def uses(self, leaf: nn.Linear, own: Iterable[str]) -> dict[str, Use]:
+        """Cut weight and bias alike."""
+        return dict.fromkeys(own, Use(Shard(AXIS, 0, self.widths(leaf))))
+
+    def counts(self, leaf: nn.Linear) -> list[Count]:
+        """Return the heads, or features, of each chunk."""
+        what = "output features" if self.head_dim == 1 else f"heads of {self.head_dim} features"
+        return [Count(width // self.head_dim, what) for width in self.widths(leaf)]
+
+    def problem(self, leaf: nn.Linear) -> str:
+        """Compare the widths with the leaf's."""
+        widths = self.widths(leaf)
+        if sum(widths) == leaf.out_features and not any(width % self.head_dim for width in widths):
+            return ""
+        return f"has {leaf.out_features} output features, not chunks {self.chunks} of heads of {self.head_dim}"
+
+
+@dataclass(frozen=True)
+class Row(Rule):
+    """Cut a Linear by its input features, which a Column made; its output goes to the stream, its bias is whole."""
+
+    def uses(self, leaf: nn.Linear, own: Iterable[str]) -> dict[str, Use]:
+        """Cut the weight; the bias is applied to the stream."""
+        return {name: Use(Shard(AXIS, 1)) if name == "weight" else Use(on="tokens") for name in own}
+
+    def counts(self, leaf: nn.Linear) -> list[Count]:
+        """Return the input features."""
+        return [Count(leaf.in_features, "input features")]
+
+
+@dataclass(frozen=True)
+class Vocab(Rule):
+    """Cut an Embedding, or the Linear that is the head, by the vocabulary, which tp need not divide.
+
+    The embedding's output goes to the stream; the head reads features that every rank holds whole.
+    """
+
+    def uses(self, leaf: nn.Embedding | nn.Linear, own: Iterable[str]) -> dict[str, Use]:
+        """Cut weight and bias alike, the last slices padded."""
+        return dict.fromkeys(own, Use(Shard(AXIS, 0, (leaf.weight.shape[0],), padded=True)))
+
+    def problem(self, leaf: nn.Embedding | nn.Linear) -> str:
+        """Name a setting of an embedding that its slices would not have."""
+        settings = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
+        found = {name: getattr(leaf, name, None) for name in settings}
+        return ", ".join(
+            f"has {name}={value}" for name, value in found.items() if value is not None and value is not False
+        )
+
+
+@dataclass(frozen=True)
+class Enter(Rule):
+    """Let a module's first argument enter from the stream once, for all the Columns inside it.
+
+    Without it each Column speaks for itself, and a gated MLP sends twice as much. Everything that the module does with
+    that argument must pass through its Columns: no residual connection inside.
+    """
+
+
+@dataclass(frozen=True)
+class Replica(Rule):
+    """Keep the parameters of a module, or one parameter, whole on every rank; sum gradients where they are parts.
+
+    on     what each rank applies it to: its own "tokens", where the stream is cut, or, between cut layers, its own
+           "heads"; or, before the stream and after it, what is "whole" on every rank
+    takes  what its first argument is: a piece of the "stream", or "whole" on every rank (the positions of tokens)
+    gives  what its result is to be (the norm before the head gives "whole")
+    """
+
+    on: Literal["tokens", "heads", "whole"] = "tokens"
+    takes: Literal["stream", "whole"] = "stream"
+    gives: Literal["stream", "whole"] = "stream"
+
+    def uses(self, leaf: Any, own: Iterable[str]) -> dict[str, Use]:
+        """Keep all whole."""
+        return dict.fromkeys(own, Use(on=self.on))
+
+
+Plan: TypeAlias = Mapping[str, Rule]
+
+
+class Named(NamedTuple):
+    """A module or parameter of a model, and the plan's rule for it."""
+
+    name: str
+    rule: Rule
+    found: nn.Module | nn.Parameter
+
+
+def gpt_plan(config: GPTConfig) -> dict[str, Rule]:
+    """Return the plan of a GPT: attention by heads, the MLP by hidden features, both ends by the vocabulary."""
+    K = config.head_dim
+    qkv = (config.num_heads * K, config.num_kv_heads * K, config.num_kv_heads * K)
+    plan: dict[str, Rule] = {
+        "embed.tokens": Vocab(),
+        "blocks.*.*_norm": Replica(),
+        "blocks.*.attention.qkv": Column(chunks=qkv, head_dim=K),
+        "blocks.*.attention.out": Row(),
+        "blocks.*.mlp": Enter(),
+        "blocks.*.mlp.up": Column(),
+        "blocks.*.mlp.down": Row(),
+        "norm": Replica(gives="whole"),
+        "head": Vocab(),
+    }
+    if config.positions == "learned":
+        plan["embed.positions"] = Replica(takes="whole")
+    if config.mlp == "swiglu":
+        plan["blocks.*.mlp.gate"] = Column()
+    if config.qk_norm:
+        plan["blocks.*.attention.*_norm"] = Replica(on="heads")
+    return plan
+
+
+def match(plan: Plan, model: nn.Module) -> list[Named]:
+    """Return what the plan names, in its order: a module with several names appears under each.
+
+    Raises  UserError if a pattern matches nothing, or two match one name
+    """
+    known: dict[str, nn.Module | nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    known |= dict(model.named_modules(remove_duplicate=False))
+    by_name: dict[str, str] = {}
+    for pattern in plan:
+        names = [name for name in known if _fits(name, pattern)]
+        if not names:
+            alike = nearest(pattern, {_any_number(name) for name in known}) or "a name of model.named_modules()"
+            raise UserError(f"the plan's {pattern!r} matches nothing in this {type(model).__name__}", fix=alike)
+        for name in names:
+            if name in by_name:
+                what = f"{name} is matched by {by_name[name]!r} and by {pattern!r}"
+                raise UserError(what, fix="patterns that match each name once")
+            by_name[name] = pattern
+    return [Named(name, plan[pattern], known[name]) for name, pattern in by_name.items()]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def _any_number(name: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
