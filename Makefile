@@ -2,6 +2,7 @@
 # make test          set up, then style, types, import floors and tests
 # make lattice       only the tests that draw their inputs, with many draws
 # make gpu           the tests that need a GPU, then what a step costs on it
+# make peers         the same training in DeepSpeed and here, side by side (installs DeepSpeed)
 # make options       write docs/options.md anew from the code
 # make clean         remove the environment and what tools have cached
 #
@@ -10,7 +11,7 @@
 # N=50               draws per drawn test       ARGS="..."   further words for the demo, or for pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lattice gpu options clean runtime developer
+.PHONY: help demo test lattice gpu peers options clean runtime developer
 VENV ?= .venv
 N ?= 50
 ARGS ?=
@@ -44,6 +45,10 @@ gpu: developer
 	else \
 		echo "minispeed: torch sees no GPU here, so there is nothing for make gpu to test or to measure."; \
 	fi
+
+peers: developer
+	@$(BOOTSTRAP) peers
+	$(RUN) -m pytest tests/peers tests/test_examples.py $(ARGS)
 
 options: runtime
 	$(RUN) -m minispeed --options > docs/options.md.new

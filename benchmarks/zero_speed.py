@@ -1,6 +1,7 @@
 """What does each ZeRO stage cost beside PyTorch's and DeepSpeed's own, on the same two processes?
 
     python benchmarks/zero_speed.py [--peers]           --peers: DeepSpeed too (pip install -e .[peers])
+    python benchmarks/zero_speed.py --rows 4 --tokens 128      a step a quarter as long: what ZeRO adds weighs more
 
 A GPT of 14M parameters, 2 gloo ranks of one thread each. All contestants start from the same weights, see the same
 rows and take their steps in turn, so that whatever slows the machine slows all; their losses must agree before anything
@@ -31,8 +32,8 @@ from minispeed.model.presets import preset
 from minispeed.precision import DTYPES, Precision
 from minispeed.schedules import constant
 
-CONFIG = preset("medium", vocab_size=1024, max_positions=128, attention="reference")
-ROWS, TOKENS, LR, BETAS = 4, 128, 1e-4, (0.9, 0.95)
+CONFIG = preset("medium", vocab_size=1024, max_positions=256, attention="reference")
+LR, BETAS = 1e-4, (0.9, 0.95)
 WARM_UP, STEPS = 2, 11
 Step = Callable[[MicroBatch], Tensor]  # one update; returns this rank's mean loss
 
@@ -126,7 +127,7 @@ def fsdp(world: World, dtype: torch.dtype) -> tuple[Step, Callable[[], int]]:
     return step, lambda: held([*(p.to_local() for p in model.parameters()), *map(local, states(optimizer))])
 
 
-def deepspeed(world: World, dtype: torch.dtype, stage: int) -> tuple[Step, Callable[[], None]]:
+def deepspeed(world: World, dtype: torch.dtype, stage: int, rows: int) -> tuple[Step, Callable[[], None]]:
     """DeepSpeed's engine with torch's fused AdamW."""
     os.environ |= {"RANK": str(world.rank), "LOCAL_RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
     import deepspeed as peer
@@ -135,8 +136,9 @@ def deepspeed(world: World, dtype: torch.dtype, stage: int) -> tuple[Step, Calla
     model = Counted()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=0, fused=True)
     config = {
-        "train_micro_batch_size_per_gpu": ROWS,
+        "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {"stage": stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
@@ -168,19 +170,19 @@ def held(tensors: list[Tensor]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def compare(world: World, dtype_name: str, peers: bool) -> list[dict[str, object]]:
-    """Step all contestants in turn on this rank; return a row for each."""
+def compare(world: World, dtype_name: str, peers: bool, shape: tuple[int, int]) -> list[dict[str, object]]:
+    """Step all contestants in turn on this rank, each on rows of this `shape`; return a line for each."""
     dtype = DTYPES[dtype_name]
     contestants = {"DDP": ddp(world, dtype), "ZeroRedundancyOptimizer": ddp(world, dtype, sharded=True)}
     contestants["FSDP2"] = fsdp(world, dtype)
     for stage in range(4):
         contestants[f"minispeed {stage}"] = ours(world, dtype, stage)
     for stage in range(4) if peers else ():
-        contestants[f"DeepSpeed {stage}"] = deepspeed(world, dtype, stage)
+        contestants[f"DeepSpeed {stage}"] = deepspeed(world, dtype, stage, shape[0])
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
     first: dict[str, float] = {}
     for index in range(WARM_UP + STEPS):
-        batch = draw(world, index)
+        batch = draw(world, index, shape)
         for name, (step, _) in contestants.items():
             world.group.all_reduce(torch.zeros(1)).wait()
             wall, cpu = time.perf_counter(), time.process_time()
@@ -216,12 +218,12 @@ def compare(world: World, dtype_name: str, peers: bool) -> list[dict[str, object
     return rows
 
 
-def draw(world: World, index: int) -> MicroBatch:
+def draw(world: World, index: int, shape: tuple[int, int]) -> MicroBatch:
     """Return this rank's rows of a step; every token is learnt, so that a mean of ranks is the mean of all."""
     generator = torch.Generator().manual_seed(1000 * index + world.rank)
-    tokens = torch.randint(0, CONFIG.vocab_size, (ROWS, TOKENS + 1), generator=generator)
-    zeros = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
-    positions = torch.arange(TOKENS).expand(ROWS, TOKENS).contiguous()
+    tokens = torch.randint(0, CONFIG.vocab_size, (shape[0], shape[1] + 1), generator=generator)
+    zeros = torch.zeros(shape, dtype=torch.int64)
+    positions = torch.arange(shape[1]).expand(shape).contiguous()
     return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, zeros, zeros)
 
 
@@ -229,10 +231,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", action="store_true", help="DeepSpeed too")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--rows", type=int, default=8, help="of a rank's step")
+    parser.add_argument("--tokens", type=int, default=256, help="of a row")
     options = parser.parse_args()
+    shape = options.rows, options.tokens
     for dtype in options.dtypes:
-        rows = minispeed.launch(compare, dtype, options.peers, ranks=2, backend="gloo")[0]
-        report(f"zero_speed_{dtype}", rows, peers=options.peers, batch=ROWS, tokens=TOKENS, steps=STEPS)
+        rows = minispeed.launch(compare, dtype, options.peers, shape, ranks=2, backend="gloo")[0]
+        name = f"zero_speed_{dtype}_{options.rows * options.tokens}_tokens"
+        report(name, rows, peers=options.peers, batch=options.rows, tokens=options.tokens, steps=STEPS)
 
 
 if __name__ == "__main__":
