@@ -59,7 +59,10 @@ def put_back(
     optimizer.state.clear()
     if with_optimizer:
         _start_states(sharded, optimizer, source)
-    for name, _, elements, tensor, _ in _elements(sharded, optimizer):
+    for name, shape, elements, tensor, _ in _elements(sharded, optimizer):
+        if (held := source.shapes.get(name, shape)) != shape:
+            what = f"{name} has the shape {tuple(held)} in the checkpoint, {tuple(shape)} here"
+            raise UserError(what, fix="the checkpoint of a run of this model")
         found = source.read(name, elements)
         if found is None:
             raise UserError(f"the checkpoint holds no {name}", fix="the checkpoint of a run of this model")

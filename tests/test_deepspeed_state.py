@@ -1,5 +1,6 @@
 """Laws of what an engine holds: looked at, changed, saved, loaded, it is one state, whatever the layout."""
 
+import copy
 import csv
 import tempfile
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from test_deepspeed_engine import Net, close, config_of, made, on_ranks, rows, whole
+from test_deepspeed_engine import Net, close, config_of, fill, made, on_ranks, rows, whole
 from torch import nn
 
 import minispeed
@@ -206,7 +207,7 @@ def test_latest_tags_and_what_is_not_there(tmp_path, capsys):
     assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "global_step1") and engine.global_steps == 1
     assert engine.load_checkpoint(tmp_path, "mine")[0] == str(tmp_path / "mine") and engine.global_steps == 2
     assert close(whole(engine), after, most=0)
-    with pytest.raises(UserError, match="no checkpoint at .*other"):
+    with pytest.raises(UserError, match="no checkpoint other in .*global_step1, mine"):
         engine.load_checkpoint(tmp_path, "other")
 
 
@@ -458,3 +459,213 @@ def test_ranks_with_different_configurations_are_named():
             minispeed.initialize(model=Net(), config={"train_batch_size": 2, "gradient_clipping": float(rank)})
 
     on_ranks(2, begin)
+
+
+# ---- what goes wrong without a word elsewhere
+
+
+class Plain(nn.Module):
+    def __init__(self, inner=4, outer=6):
+        super().__init__()
+        self.one, self.two = nn.Linear(inner, outer, bias=False), nn.Linear(outer, 4, bias=False)
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x))).square().mean()
+
+
+def test_a_checkpoint_of_another_shape_model_or_optimizer_is_refused(tmp_path):
+    engine = start(1, model=Plain().double())
+    engine.backward(engine(torch.ones(2, 4).double()))
+    engine.step()
+    engine.save_checkpoint(tmp_path, tag=5)
+    turned = Plain()
+    turned.one.weight = nn.Parameter(turned.one.weight.detach().reshape(4, 6))
+    with pytest.raises(UserError, match=r"one.weight has the shape \(6, 4\) in the checkpoint, \(4, 6\) here"):
+        start(1, model=turned.double()).load_checkpoint(tmp_path, tag=5)
+    fewer = Plain()
+    del fewer.two
+    with pytest.raises(UserError, match="holds parameters/two.weight, which the module has not.*strict=False"):
+        start(1, model=fewer.double()).load_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="of AdamW with 1 parameter groups, here is SGD with 1"):
+        made(1, model=Plain().double()).load_checkpoint(tmp_path)
+    made(1, model=Plain().double()).load_checkpoint(tmp_path, load_optimizer_states=False)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("who", ["module", "inner optimizer"])
+def test_whoever_zeroes_gradients_zeroes_all(stage, who):
+    def train(rank):
+        engine, fresh = start(stage), start(stage)
+        engine.backward(engine(rows(2, 1, 0)[0, rank]))
+        (engine.module if who == "module" else engine.optimizer.optimizer).zero_grad()
+        for each in (engine, fresh):
+            each.backward(each(rows(2, 1, 1)[0, rank]))
+            each.step()
+        return close(whole(engine), whole(fresh), most=0)
+
+    assert on_ranks(2, train) == [True] * 2
+
+
+def test_a_copy_of_the_module_zeroes_its_own_gradients():
+    engine = start(0)
+    twin = copy.deepcopy(engine.module)
+    twin(rows(1, 1, 0)[0, 0]).backward()
+    engine.backward(engine(rows(1, 1, 0)[0, 0]))
+    twin.zero_grad()
+    assert all(p.grad is None for p in twin.parameters())
+    engine.step()
+    assert fragments.safe_get_full_fp32_param(engine.module.scale) != 1.0
+
+
+def test_a_model_has_one_engine():
+    engine = start(2)
+    for model in (engine.module, nn.Sequential(engine.module.layers, nn.Linear(4, 4).double())):
+        with pytest.raises(UserError, match="belongs to an engine already.*destroy"):
+            start(2, model=model)
+    with pytest.raises(UserError, match="DeepSpeedEngine for a model"):
+        start(2, model=engine)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_put_in_a_parameters_place_is_trained_on(stage, dtype):
+    def train(rank):
+        half = {"bf16": {"enabled": True}} if dtype == torch.bfloat16 else {}
+        engine, other = (start(stage, model=Net().to(dtype if not half else torch.float32), **half) for _ in range(2))
+        for p in engine.module.parameters():
+            p.data = p.data.clamp(-0.1, 0.1)
+        with minispeed.zero.GatheredParameters(other.module, modifier_rank=0), torch.no_grad():
+            for p in other.module.parameters():
+                p.clamp_(-0.1, 0.1)
+        for each in (engine, other):
+            for index in range(2):
+                each.backward(each(rows(2, 1, index)[0, rank].to(dtype)))
+                each.step()
+        return close(whole(engine), whole(other), most=0)
+
+    assert on_ranks(2, train) == [True] * 2
+
+
+def test_a_cast_after_initialize_is_named():
+    engine = start(0, model=Net())
+    engine.module.double()
+    with pytest.raises(UserError, match="is .* of torch.float64 now, and was .* of torch.float32"):
+        engine.backward(engine(torch.ones(2, 4).double()))
+
+
+class Lamb(torch.optim.Optimizer):
+    """Looks at whole parameters."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad * p.norm())
+
+
+def test_an_optimizer_that_may_look_at_whole_parameters_is_refused_on_pieces():
+    with pytest.raises(UserError, match="Lamb at ZeRO stage 2.*zero_allow_untested_optimizer"):
+        minispeed.initialize(model=(net := Net()), optimizer=Lamb(net.parameters()), config=config_of(2, 1, 0.0))
+    for config in (config_of(0, 1, 0.0), config_of(2, 1, 0.0, zero_allow_untested_optimizer=True)):
+        net = Net()
+        minispeed.initialize(model=net, optimizer=Lamb(net.parameters()), config=config)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_boundary_that_is_told_after_the_backward_counts(stage):
+    def train(rank):
+        engine, other = start(stage, 2), start(stage, 2)
+        for micro, x in enumerate(rows(2, 2, 0)[:, rank]):
+            engine.set_gradient_accumulation_boundary(False)
+            engine.backward(engine(x))
+            engine.set_gradient_accumulation_boundary(micro == 1)
+            engine.step()
+            other.backward(other(x))
+            other.step()
+        return close(whole(engine), whole(other))
+
+    assert on_ranks(2, train) == [True] * 2
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_whole_step_inside_gathered_parameters(stage):
+    """DeepSpeed-Chat generates inside it; afterwards stage 3 releases again."""
+
+    def train(rank):
+        engine, other = start(stage), start(stage)
+        with minispeed.zero.GatheredParameters(engine.module.parameters()):
+            first = engine(rows(2, 1, 0)[0, rank])
+            engine.backward(first)
+            engine.step()
+            second = engine(rows(2, 1, 1)[0, rank]).item()
+        step(other, rank, 2, 0)
+        assert second == other(rows(2, 1, 1)[0, rank]).item()
+        assert all(unit.is_released == (stage == 3) for unit in engine.core.sharded.units if unit.num_elements)
+        return close(whole(engine), whole(other), most=0)
+
+    assert on_ranks(2, train) == [True] * 2
+
+
+def test_dtypes_that_one_buffer_cannot_hold_are_named():
+    for odd in (torch.tensor([1 + 2j]), torch.tensor([7])):
+        model = Net()
+        model.odd = nn.Parameter(odd, requires_grad=odd.is_complex())
+        with pytest.raises(UserError, match="odd is of torch.(complex64|int64)"):
+            start(0, model=model)
+    model = Net()
+    model.layers[0].double()
+    with pytest.raises(UserError, match="fp64 and of fp32"):
+        start(0, model=model)
+
+
+def test_client_states_of_alike_names_do_not_meet(tmp_path):
+    engine = start(0)
+    given = {"ema.weight": torch.tensor(1.0), "ema": {"weight": torch.tensor(2.0)}, 1: torch.tensor(3), "1": "x"}
+    engine.save_checkpoint(tmp_path, client_state={**given, "p": engine.module.scale, "again": engine.module.scale})
+    client = engine.load_checkpoint(tmp_path)[1]
+    assert (client["ema.weight"], client["ema"]["weight"], client[1], client["1"]) == (1.0, 2.0, 3, "x")
+    assert client["p"] == client["again"] == engine.module.scale
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_sparse_gradients_are_made_dense(stage):
+    class Sparse(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            self.embed = nn.Embedding(5, 4, sparse=sparse)
+            fill(self, 0)
+
+        def forward(self, x):
+            return self.embed(x).square().mean()
+
+    def train(rank):
+        engines = [start(stage, model=Sparse(sparse).double()) for sparse in (True, False)]
+        for engine in engines:
+            engine.backward(engine(torch.tensor([rank, 1])))
+            engine.step()
+        return close(*map(whole, engines), most=0)
+
+    assert on_ranks(2, train) == [True] * 2
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, (torch.ones(()), torch.ones(()))])
+def test_a_backward_of_no_loss_is_a_sentence(wrong):
+    with pytest.raises(UserError, match=f"got {type(wrong).__name__}, not a loss"):
+        start(0).backward(wrong)
+
+
+def test_groups_are_given_at_the_start():
+    with pytest.raises(UserError, match="parameter group after initialize"):
+        start(1).optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(UserError, match="str for an optimizer"):
+        minispeed.initialize(model=Net(), optimizer="adam", config={"train_batch_size": 1})
+
+
+def test_released_parameters_answer_harmless_questions():
+    engine = start(3)
+    p = engine.module.layers[0].weight
+    assert p.grad_fn is None and not p.is_cuda and p.is_contiguous() and torch.numel(p) == 32 and p.itemsize == 8
+    assert torch.is_floating_point(p) and p.get_device() == -1 and p.requires_grad_(True) is p

@@ -52,6 +52,9 @@ def launch(
     timeout   seconds that a rank of "gloo" or "nccl" waits in a collective before it gives up; not threads
     device    where thread ranks compute
 
+    Threads share torch's default generator: what a rank draws from it depends on who comes first, unless in lockstep.
+    A generator of its own draws the same every time.
+
     Under torchrun `fn` runs once, on this process's rank, and the list holds its one result; `ranks` is
     torchrun's affair then, and "threads" means "nccl" where there is a GPU, else "gloo".
 

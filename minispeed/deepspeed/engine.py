@@ -13,8 +13,10 @@ unequal numbers of supervised tokens that is not the mean over all tokens, which
 https://deepspeed.readthedocs.io/en/latest/training.html
 """
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +61,8 @@ class DeepSpeedEngine(nn.Module):
         self.monitor = self._reporter.monitor
         if core is not None:
             register(core)
+            module.zero_grad = ZeroGrad(self)  # type: ignore[method-assign]
+            core.optimizer.zero_grad = ZeroGrad(self)  # type: ignore[method-assign]
         self._expect()
 
     def __getattr__(self, name: str) -> Any:
@@ -87,6 +91,8 @@ class DeepSpeedEngine(nn.Module):
         Raises         UserError on a loss that is not one number, or a second backward through one forward
         """
         core, accumulation = self._trained(), self.config.batch.accumulation
+        if not isinstance(loss, Tensor):
+            raise UserError(f"backward got {type(loss).__name__}, not a loss", fix="engine.backward(loss_1 + loss_2)")
         scaled = loss * (core.scaler.scale * (1 if scale_wrt_gas else accumulation))
         self._num_scaled += 1
         with self._reporter.timed("backward"):
@@ -146,6 +152,8 @@ class DeepSpeedEngine(nn.Module):
             core.sharded.reduce_now()
         elif not num_backwards:
             raise UserError("step, and no backward before it", fix="engine.backward(loss) first")
+        elif self.is_gradient_accumulation_boundary() and any(unit.full is not None for unit in core.sharded.units):
+            core.sharded.reduce_now()  # the boundary was told after the backward
         self._forget_counts()
 
     def _make_update(self) -> None:
@@ -333,6 +341,7 @@ class DeepSpeedEngine(nn.Module):
         """Give the module back as an ordinary one, whole."""
         if self.core is not None:
             self.core.sharded.dissolve()
+            del self.module.zero_grad
         self.core = self.optimizer = None
 
     # ---- on disk: see `minispeed.deepspeed.saving`
@@ -340,6 +349,25 @@ class DeepSpeedEngine(nn.Module):
     save_checkpoint = saving.save_checkpoint
     load_checkpoint = saving.load_checkpoint
     save_16bit_model = saving.save_16bit_model
+
+
+class ZeroGrad:
+    """`zero_grad` of a trained module, or of a caller's optimizer: the engine's, for theirs would find no gradients.
+
+    A copy of the module has its own again.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.engine, self.module = weakref.ref(engine), weakref.ref(engine.module)
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        """Drop the engine's gradients."""
+        engine = self.engine()
+        if engine is not None and engine.core is not None:
+            engine.zero_grad()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return partial(nn.Module.zero_grad, memo[id(self.module())])
 
 
 def _cast(value: Any) -> Any:

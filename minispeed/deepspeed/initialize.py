@@ -24,7 +24,7 @@ from minispeed.deepspeed.engine import DeepSpeedEngine
 from minispeed.deepspeed.loader import make_loader
 from minispeed.deepspeed.logging import print_rank_0
 from minispeed.deepspeed.lr_schedules import SCHEDULERS
-from minispeed.deepspeed.optimizer import adopt, named_groups
+from minispeed.deepspeed.optimizer import adopt, check_tested, named_groups
 from minispeed.deepspeed.start import init_distributed
 from minispeed.engine import Engine
 from minispeed.errors import UserError
@@ -33,6 +33,7 @@ from minispeed.precision import DTYPES, Precision
 from minispeed.scaler import LossScaler
 from minispeed.zero.absent import owner_of
 from minispeed.zero.sharded import Offload
+from minispeed.zero.unit import ShardedUnit
 
 OURS = {"Adam": Adam, "AdamW": AdamW, "SGD": SGD}
 CPU = torch.device("cpu")
@@ -73,8 +74,13 @@ def initialize(
     """
     if isinstance(args, nn.Module) and model is None:
         args, model = None, args
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or isinstance(model, DeepSpeedEngine):
         raise UserError(f"initialize got {type(model).__name__} for a model", fix="initialize(model=a torch Module)")
+    for name, p in model.named_parameters():
+        owner = owner_of(p)
+        if isinstance(owner, ShardedUnit) and any(p is other for other in owner.parameters.values()):
+            what = f"{name} belongs to an engine already"
+            raise UserError(what, fix="engine.destroy() first, or a new model")
     _refuse_cut_models(mpu, mesh_param)
     init_distributed(dist_init_required=dist_init_required)
     world = current_world()
@@ -136,10 +142,14 @@ def _make_core(model: nn.Module, group: Group, settings: Config, optimizer: Any,
     if optimizer is None and settings.optimizer is None:
         model.to(precision.compute)
         return None
-    groups = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    groups: list[Any] = list(parameters if parameters is not None else model.parameters())
     if callable(optimizer):
         optimizer = optimizer(groups)
     if optimizer is not None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            what = f"initialize got {type(optimizer).__name__} for an optimizer"
+            raise UserError(what, fix="an optimizer of torch.optim's kind, or a function that makes one")
+        check_tested(optimizer, settings.zero.stage, allowed=settings.zero_allow_untested_optimizer)
         groups, make = optimizer.param_groups, adopt(optimizer)
     else:
         make = _maker(settings)
@@ -177,7 +187,9 @@ def _precision(model: nn.Module, settings: Config) -> Precision:
         name = next(name for name, dtype in DTYPES.items() if dtype in held - {torch.float32, torch.float64})
         what = f"the model holds {name} parameters, and the configuration asks for fp32"
         raise UserError(what, fix=f'"{name}": {{"enabled": true}}, or model.float()')
-    if compute == torch.float32 and held == {torch.float64}:
+    if compute == torch.float32 and torch.float64 in held:
+        if len(held) > 1:
+            raise UserError("the model holds parameters of fp64 and of fp32", fix="model.float(), or model.double()")
         return Precision(torch.float64)
     reduce, accumulate = settings.communication_data_type, settings.data_types.grad_accum_dtype
     return Precision(compute, "config", reduce=DTYPES[reduce], accumulate=DTYPES[accumulate or settings.dtype])

@@ -57,6 +57,10 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Drop the gradients."""
         self._zero_grad()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise UserError: what is cut is cut when the engine is made."""
+        raise UserError("a parameter group after initialize", fix="all groups in initialize(model_parameters=...)")
+
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part: the inner optimizer's and the loss scaler's."""
         return {"optimizer": self.optimizer.state_dict(), "loss_scaler": self.core.scaler.state()}
@@ -128,6 +132,18 @@ def named_groups(model: nn.Module, groups: Sequence[Any]) -> list[dict[str, Any]
         what = f"{missing[0]} is trainable, and in none of the optimizer's {len(found)} groups"
         raise UserError(what, fix="requires_grad_(False) on what is not to be trained, or another group")
     return found
+
+
+def check_tested(optimizer: torch.optim.Optimizer, stage: int, *, allowed: bool) -> None:
+    """Refuse an optimizer that may look at more than single elements where a rank holds flat pieces of parameters.
+
+    stage    of ZeRO
+    allowed  by zero_allow_untested_optimizer
+    """
+    known = type(optimizer).__module__.startswith(("torch.", "minispeed."))
+    if stage and not known and not allowed:
+        what = f"{type(optimizer).__name__} at ZeRO stage {stage}, where each rank updates flat pieces of parameters"
+        raise UserError(what, fix='"zero_allow_untested_optimizer": true, if it looks at elements one by one')
 
 
 def adopt(optimizer: torch.optim.Optimizer) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minispeed.checkpoint import Checkpoint, Piece, save, write_whole
+from minispeed.checkpoint import INDEX, Checkpoint, Piece, save, write_whole
 from minispeed.collective.agree import agree
+from minispeed.collective.group import CollectiveError
 from minispeed.collective.numbers import any_of
 from minispeed.deepspeed.logging import print_rank_0
 from minispeed.errors import UserError
@@ -51,7 +52,7 @@ def save_checkpoint(
                   the client state holds what cannot be stored
     """
     core = self._trained()
-    tag = str(tag or f"global_step{self.global_steps}")
+    tag = f"global_step{self.global_steps}" if tag is None else str(tag).strip()
     _validate(self, tag)
     if any(unit.gradient is not None or unit.full is not None for unit in core.sharded.units):
         print_rank_0("warning: gradients that no update has used yet are in no checkpoint; try: save after a step")
@@ -62,6 +63,7 @@ def save_checkpoint(
         "client": _encode(dict(client_state), "client_state", tensors),
         "scheduler": _encode(scheduler, "lr_scheduler", tensors),
         "groups": _encode(rates, "param_groups", tensors),
+        "optimizer": type(core.optimizer).__name__,
         "scaler": core.scaler.state(),
         "step": core.step,
         "num_updates": core.num_updates,
@@ -104,25 +106,34 @@ def load_checkpoint(
             print_rank_0(f"warning: there is no {folder / LATEST}: no checkpoint is loaded; try: tag=...")
             return None, None
         tag = (folder / LATEST).read_text().strip()
-    stored = Checkpoint(folder / tag)
+    if not (folder / str(tag).strip() / INDEX).exists():
+        there = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{INDEX}")))
+        raise UserError(
+            f"there is no checkpoint {tag} in {folder}", fix=f"tag= one of {there}" if there else "save one"
+        )
+    stored = Checkpoint(folder / str(tag).strip())
+    if load_module_strict:
+        _check_all_known(self, stored)
     state, source = stored.state, _Lenient(stored, self, strict=load_module_strict)
     with_optimizer = load_optimizer_states and not load_module_only
+    if with_optimizer:
+        _check_optimizer(core.optimizer, state)
     core.load(source, step=state["step"], num_updates=state["num_updates"], with_optimizer=with_optimizer)
     _put_buffers(self, stored)
     client = _decode(state["client"], stored)
     if load_module_only:
-        return str(folder / tag), client
+        return str(stored.directory), client
     for name in COUNTS:
         setattr(self, name, state[name])
     self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
     if load_optimizer_states:
         core.scaler = LossScaler(**state["scaler"])
-        for group, saved in zip(core.optimizer.param_groups, _decode(state["groups"], stored), strict=True):
+        for group, saved in zip(core.optimizer.param_groups, _decode(state["groups"], stored)):
             group.update(saved)
     if load_lr_scheduler_states and self.lr_scheduler is not None and state["scheduler"] is not None:
         self.lr_scheduler.load_state_dict(_decode(state["scheduler"], stored))
     self._expect()
-    return str(folder / tag), client
+    return str(stored.directory), client
 
 
 def save_16bit_model(
@@ -157,10 +168,32 @@ def _validate(engine: "DeepSpeedEngine", tag: str) -> None:
         return
     try:
         agree(engine.world.group, {"the checkpoint's tag": tag})
+    except CollectiveError:
+        raise
     except UserError as error:
         if how == "Fail":
             raise
         print_rank_0(f"warning: {error}")
+
+
+def _check_all_known(engine: "DeepSpeedEngine", stored: Checkpoint) -> None:
+    """Raise UserError if the checkpoint holds a parameter or buffer that the module has not, or lacks a buffer."""
+    here = {f"parameters/{name}" for name, _ in engine.module.named_parameters()}
+    buffers = {f"buffers/{name}" for name in _stored_buffers(engine)}
+    there = {name for name in stored.shapes if name.startswith(("parameters/", "buffers/"))}
+    for name in sorted(there - here - buffers):
+        raise UserError(f"the checkpoint holds {name}, which the module has not", fix="load_module_strict=False")
+    for name in sorted(buffers - there):
+        raise UserError(f"the checkpoint holds no {name}", fix="load_module_strict=False")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise UserError if the states are another optimizer's, or of other groups."""
+    mine = type(optimizer).__name__, len(optimizer.param_groups)
+    theirs = state["optimizer"], len(state["groups"])
+    if mine != theirs:
+        what = f"the checkpoint is of {theirs[0]} with {theirs[1]} parameter groups, here is {mine[0]} with {mine[1]}"
+        raise UserError(what, fix="load_optimizer_states=False")
 
 
 def _whole(name: str, x: Tensor) -> Piece:
@@ -181,9 +214,12 @@ def _stored_buffers(engine: "DeepSpeedEngine") -> list[str]:
 
 def _put_buffers(engine: "DeepSpeedEngine", stored: Checkpoint) -> None:
     for name in _stored_buffers(engine):
-        found = stored.tensor(f"buffers/{name}")
+        found, buffer = stored.tensor(f"buffers/{name}"), engine.module.get_buffer(name)
+        if found is not None and found.shape != buffer.shape:
+            what = f"buffer {name} has the shape {tuple(found.shape)} in the checkpoint, {tuple(buffer.shape)} here"
+            raise UserError(what, fix="the checkpoint of a run of this model")
         if found is not None:
-            engine.module.get_buffer(name).copy_(found)
+            buffer.copy_(found)
 
 
 class _Lenient:
@@ -203,12 +239,10 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     """Return what JSON can hold of a value; tensors are put aside under the place where they were found."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, Tensor):
-        tensors[where] = value
-        return {"tensor": where}
-    if isinstance(value, (np.ndarray, np.generic)):
-        tensors[where] = torch.from_numpy(np.array(value))
-        return {"array": where}
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        is_tensor, name = isinstance(value, Tensor), f"{len(tensors)} {where}"
+        tensors[name] = value.detach().clone() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        return {"tensor" if is_tensor else "array": name}
     if isinstance(value, (list, tuple)):
         inside = [_encode(one, f"{where}.{index}", tensors) for index, one in enumerate(value)]
         return inside if isinstance(value, list) else {"tuple": inside}

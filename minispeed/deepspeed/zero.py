@@ -12,7 +12,7 @@ https://deepspeed.readthedocs.io/en/latest/zero3.html
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -85,17 +85,24 @@ class Init:
 
 
 def GatheredParameters(  # noqa: N802 DeepSpeed's name
-    params: Iterable[nn.Parameter | None] | nn.Parameter,
+    params: Iterable[Any] | nn.Parameter | nn.Module,
     modifier_rank: int | None = None,
     fwd_module: nn.Module | None = None,
     enabled: bool = True,
 ) -> contextlib.AbstractContextManager[None]:
     """Make parameters whole on every rank inside this; every rank enters it, with the same ones.
 
+    params         parameters; or a module, a dict, or named parameters
     modifier_rank  whose changes count, for all ranks; None: they are only looked at
     fwd_module     means nothing here: a parameter is found wherever it is used
     Raises         UserError if a parameter was changed in place and no modifier_rank given
     """
+    if isinstance(params, nn.Module):
+        params = params.parameters()
+    elif isinstance(params, Mapping):
+        params = params.values()
+    if not isinstance(params, torch.Tensor):
+        params = [p[1] if isinstance(p, tuple) else p for p in params]
     return pieces.GatheredParameters(params, modifier_rank, enabled=enabled)
 
 

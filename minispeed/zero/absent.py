@@ -19,15 +19,20 @@ from minispeed.errors import UserError
 
 _WAYS = "reading it inside the model's forward, or in `with GatheredParameters(parameters):`"
 _PLAIN: set[Any] = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.__hash__}
-for _name in ("requires_grad", "dtype", "device", "is_leaf", "layout", "grad"):
+_FLAGS = "is_leaf is_cuda is_cpu is_meta is_sparse is_quantized"
+for _name in f"requires_grad dtype device layout grad grad_fn itemsize {_FLAGS}".split():
     _PLAIN |= {getattr(Tensor, _name).__get__, getattr(Tensor, _name).__set__}
-_PLAIN |= {Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
+_PLAIN |= {Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.get_device, Tensor.requires_grad_}
+_PLAIN |= {torch.is_floating_point, torch.is_complex}
 _OF_SHAPE: set[Any] = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.stride}
+_OF_SHAPE |= {Tensor.is_contiguous, torch.numel}
 _OF_SHAPE |= {getattr(Tensor, _name).__get__ for _name in ("shape", "ndim", "nbytes")}
 
 
 class Owner(Protocol):
     """Whoever holds the elements of released parameters: what `GatheredParameters` needs of it."""
+
+    pins: int  # who wants them whole for a while: `reshard` waits for that to be over
 
     @property
     def is_released(self) -> bool:

@@ -33,6 +33,7 @@ class Piece:
         self.name, self.p, self.group, self._building = name, p, building.group, building
         self.layout = FlatLayout.of({"": p}, self.group.size)
         self.is_released = False
+        self.pins = 0
         self._present, self._absent = classes(self, {id(p): (name, self.layout.shapes[""])}, self._read)
         p.__class__ = self._present
 
@@ -58,7 +59,7 @@ class Piece:
 
     def reshard(self) -> None:
         """Keep my part alone."""
-        if self.is_released:
+        if self.is_released or self.pins:
             return
         with plainly():
             flat = self.layout.flatten({"": self.p.data}, out=self.p.data.new_empty(self.layout.size))
@@ -168,8 +169,9 @@ def GatheredParameters(  # noqa: N802 DeepSpeed's name
     given = [parameters] if isinstance(parameters, Tensor) else [p for p in parameters if p is not None]
     owners = {id(owner): owner for p in given if (owner := owner_of(p)) is not None} if enabled else {}
     released = [owner for owner in owners.values() if owner.is_released]
-    for owner in released:
+    for owner in owners.values():
         owner.unshard()
+        owner.pins += 1
     versions = [p._version for p in given]
     try:
         yield
@@ -179,5 +181,7 @@ def GatheredParameters(  # noqa: N802 DeepSpeed's name
         elif owners and versions != [p._version for p in given]:
             raise UserError("a parameter was changed, and no rank's change counts", fix="modifier_rank=0")
     finally:
+        for owner in owners.values():
+            owner.pins -= 1
         for owner in released:
             owner.let_go()

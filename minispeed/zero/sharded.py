@@ -82,6 +82,10 @@ class ShardedModel:
         self.module, self.group, self.stage = module, group, check_stage(stage)
         self.dtypes, self.prefetch = dtypes, prefetch
         parameters = dict(module.named_parameters())
+        for name, p in parameters.items():
+            if not p.is_floating_point():
+                what = f"{name} is of {p.dtype}, and parameters lie in one buffer of the compute dtype"
+                raise UserError(what, fix="register_buffer for what is not trained")
         trainable = [name for name, p in parameters.items() if p.requires_grad]
         if not trainable:
             raise UserError(f"none of the {len(parameters)} parameters requires a gradient", fix="requires_grad_(True)")
@@ -123,7 +127,7 @@ class ShardedModel:
         ]
         self.num_backwards = 0
         self.reduction = Reduction(group, self.units, overlap=overlap)
-        self._is_running = self._in_backward = self._is_gathered = False
+        self._is_running = self._in_backward = False
         self._runs: list[contextlib.ExitStack] = []  # of the whole module's forward that are under way
         self._order: list[ShardedUnit] = []  # of the first forward
         self._order_is_known = False
@@ -183,7 +187,7 @@ class ShardedModel:
 
     def _leave(self, unit: ShardedUnit) -> None:
         self._depth[id(unit)] -= 1
-        if not self._depth[id(unit)] and not self._in_backward and not self._is_gathered:
+        if not self._depth[id(unit)] and not self._in_backward:
             unit.at("after forward")
 
     def _use(self, unit: ShardedUnit) -> None:
@@ -333,17 +337,15 @@ class ShardedModel:
     def gathered(self) -> Iterator[nn.Module]:
         """Make the whole model readable on every rank for a while, its forward included."""
         for unit in self.units:
-            if unit.is_released:
-                unit.unshard()
-        self._is_gathered = True
+            unit.unshard()
+            unit.pins += 1
         try:
             yield self.module
         finally:
-            self._is_gathered = False
             for unit in self.units:
+                unit.pins -= 1
                 if unit.stage == 3:
                     unit.let_go()
-            self._rest()
 
     def dissolve(self) -> None:
         """Give the module back as an ordinary one, whole on every rank."""

@@ -113,6 +113,7 @@ class ShardedUnit:
         self.full: Tensor | None = None  # gradients of all parameters, not yet summed over ranks
         self.gradient: Tensor | None = None
         self.is_released = False
+        self.pins = 0  # who wants the parameters whole for a while
         self.on_new_storage: Callable[[Any, Any], None] = lambda old, new: None
         self._gathering: Work | None = None
         # the call, the room of the gradients, what is sent, my part of the sum
@@ -189,6 +190,8 @@ class ShardedUnit:
 
     def reshard(self) -> None:
         """Free the buffer but my shard. Who reads a parameter now is told its name, and never reads freed memory."""
+        if self.pins:
+            return
         if self._gathering is not None:  # asked for, and not needed in the end
             self._gathering.wait()
             self._gathering = None
@@ -209,6 +212,7 @@ class ShardedUnit:
 
         Writes  p.grad of each parameter, a view of `full`; zeros before the first micro-batch
         """
+        self.absorb()
         if self.stage >= 2 or self.dtypes.collect != self.dtypes.compute:
             return  # they are gone when the backward is over, or of another dtype
         with plainly():
@@ -234,7 +238,7 @@ class ShardedUnit:
 
         `reshard` would shrink it under them, and to read one would kill the process.
         """
-        if self.is_released:
+        if self.is_released or self.pins:
             return
         old = self._storage
         self._storage = self.flat.new_empty(0).untyped_storage()
@@ -258,6 +262,8 @@ class ShardedUnit:
                 if p.grad is None:
                     view.zero_() if fresh else None
                     continue
+                if p.grad.is_sparse:
+                    p.grad = p.grad.to_dense()
                 if p.grad.shape != view.shape:
                     what = f"the gradient of {name} is {tuple(p.grad.shape)}, the parameter {tuple(view.shape)}"
                     raise UserError(what, fix="a gradient of the parameter's shape")
@@ -328,24 +334,55 @@ class ShardedUnit:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round my masters into my shard of the buffer."""
+        """Round my masters into my shard of the buffer, and of a buffer that stays whole make it whole again."""
         if self.master is not self.shard:
             self._move(self.master, self.shard, self.has_states_away)
+        if self.stage == 3 and not self.is_released:
+            with plainly():
+                mine = self.layout.shard(self.flat, self.part)
+                self._move(self.shard, mine, self.has_shard_away)
+                self.group.all_gather(self.flat, mine).wait()
+
+    def absorb(self) -> None:
+        """Take over what somebody put in a parameter's place (`p.data = value`), on every rank the same.
+
+        Raises  UserError if it has another dtype or shape
+        """
+        if self.is_released:
+            return
+        with plainly():
+            replaced = False
+            for (name, p), view in zip(self.parameters.items(), self.layout.views(self.flat).values()):
+                if p.data_ptr() == view.data_ptr() or not p.numel():
+                    continue
+                if p.dtype != view.dtype or p.shape != view.shape:
+                    what = f"{name} is {tuple(p.shape)} of {p.dtype} now, and was {tuple(view.shape)} of {view.dtype}"
+                    raise UserError(what, fix="casting and reshaping before the engine takes the model")
+                view.copy_(p)
+                p.data = view
+                replaced = True
+            if replaced:
+                self._follow_buffer()
 
     def take(self, root: int) -> None:
         """Make the parameters' values on rank `root` everybody's; masters follow where a value changed.
 
         Sends  P elements from `root` (broadcast)
         """
+        self.absorb()
         with plainly():
             self.group.broadcast(self.flat, root).wait()
-            mine = self.layout.shard(self.flat, self.part)
-            if self.shard.data_ptr() != mine.data_ptr():
-                self._move(mine, self.shard, self.has_shard_away)
-            if self.master is not self.shard:
-                found = self.shard.to(self.master.device)
-                is_new = self.master.to(found.dtype) != found
-                self.master.copy_(torch.where(is_new, found.to(self.master.dtype), self.master))
+            self._follow_buffer()
+
+    def _follow_buffer(self) -> None:
+        """Let my shard and my masters have the values of the whole buffer; a master stays where it rounds to them."""
+        mine = self.layout.shard(self.flat, self.part)
+        if self.shard.data_ptr() != mine.data_ptr():
+            self._move(mine, self.shard, self.has_shard_away)
+        if self.master is not self.shard:
+            found = self.shard.to(self.master.device)
+            is_new = self.master.to(found.dtype) != found
+            self.master.copy_(torch.where(is_new, found.to(self.master.dtype), self.master))
 
     def _move(self, source: Tensor, target: Tensor, is_away: bool) -> None:
         """Copy, counting what crosses between an offloaded state's home and the device."""

@@ -158,8 +158,8 @@ MUTATIONS = [
     Mutation(
         "release a unit in the middle of its recomputation",
         SHARDED,
-        "and not self._in_backward and not",
-        "and not",
+        "if not self._depth[id(unit)] and not self._in_backward:",
+        "if not self._depth[id(unit)]:",
         LEDGER,
     ),
     Mutation(

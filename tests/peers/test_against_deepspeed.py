@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -143,51 +144,53 @@ def train(library: Any, case: Case, rank: int) -> Run:
     """Train a model as any script of DeepSpeed's does."""
     torch.manual_seed(0)
     model = Net().bfloat16().float()  # DeepSpeed's masters begin with the rounded weights, ours with the weights
-    brought = BROUGHT[case.optimizer](model) if case.optimizer in BROUGHT else None
-    schedule = (lambda of: LambdaLR(of, lambda step: 0.5**step)) if case.schedule == "made LambdaLR" else None
     engine, optimizer, _, _ = library.initialize(
         model=model,
         model_parameters=model.parameters(),
-        optimizer=brought,
-        lr_scheduler=schedule,
+        optimizer=BROUGHT[case.optimizer](model) if case.optimizer in BROUGHT else None,
+        lr_scheduler=halve_each_step if case.schedule == "made LambdaLR" else None,
         config=case.config,
     )
-    losses, returned, norms, rates, momenta = numbers = [[] for _ in range(5)]
-    tensors = {}
+    run = Run({name: [] for name in ("losses", "returned", "norms", "rates", "momenta", "counts")}, {})
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         rows = torch.randint(V, (case.accumulation, case.ranks, ROWS, T + 1), generator=generator)
         for micro, words in enumerate(rows[:, rank]):
             loss = engine(words[:, :-1], words[:, 1:])
-            losses.append(loss.item())
-            returned.append(engine.backward(loss).item())
+            run.numbers["losses"].append(loss.item())
+            run.numbers["returned"].append(engine.backward(loss).item())
             if step == 0 and micro == case.accumulation - 1:
-                tensors |= whole("gradients", library.utils.safe_get_full_grad, model)
+                run.tensors |= whole("gradients", library.utils.safe_get_full_grad, model)
             engine.step()
-        norms.append(engine.get_global_grad_norm())
-        rates.append(engine.get_lr())
-        momenta.append([group.get("betas", group.get("momentum")) for group in optimizer.param_groups])
-    tensors |= whole("masters", library.utils.safe_get_full_fp32_param, model)
-    if case.optimizer.startswith("Adam"):
+        run.numbers["norms"].append(engine.get_global_grad_norm())
+        run.numbers["rates"].append(engine.get_lr())
+        run.numbers["momenta"].append([group.get("betas", group.get("momentum")) for group in optimizer.param_groups])
+    run.numbers["counts"] = [engine.global_steps, engine.micro_steps, engine.global_samples, engine.skipped_steps]
+    run.tensors |= state_of(library, model, with_moments=case.optimizer.startswith("Adam"))
+    engine.destroy()
+    return run
+
+
+def halve_each_step(optimizer: Any) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: 0.5**step)
+
+
+def state_of(library: Any, model: nn.Module, *, with_moments: bool) -> dict[str, torch.Tensor]:
+    """Return the model's parameters, masters and moments."""
+    tensors = whole("masters", library.utils.safe_get_full_fp32_param, model)
+    if with_moments:
         read = library.utils.safe_get_full_optimizer_state
         tensors |= whole("first moments", lambda p: read(p, "exp_avg"), model)
-        tensors |= whole("second moments' roots", lambda p: root_of(read(p, "exp_avg_sq")), model)
+        seconds = whole("second moments", lambda p: read(p, "exp_avg_sq"), model)
+        tensors |= {name: x.sqrt() for name, x in seconds.items()}  # what an update divides by
     with library.zero.GatheredParameters(list(model.parameters())):
-        tensors |= {f"parameters/{name}": p.detach().clone() for name, p in model.named_parameters()}
-    counts = [engine.global_steps, engine.micro_steps, engine.global_samples, engine.skipped_steps]
-    engine.destroy()
-    names = ("losses", "returned", "norms", "rates", "momenta")
-    return Run({**dict(zip(names, numbers)), "counts": counts}, tensors)
+        return tensors | {f"parameters/{name}": p.detach().clone() for name, p in model.named_parameters()}
 
 
 def whole(kind: str, read: Any, model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what `read` finds of each parameter that is trained."""
     found = {f"{kind}/{name}": read(p) for name, p in model.named_parameters() if p.requires_grad}
     return {name: x.detach().clone() for name, x in found.items() if x is not None}
-
-
-def root_of(second_moment: torch.Tensor | None) -> torch.Tensor | None:
-    return None if second_moment is None else second_moment.sqrt()  # what the update divides by
 
 
 def train_with(world: World, name: str, case: Case) -> Run:
@@ -215,15 +218,15 @@ def differences(pools: Pools, case: Case) -> dict[str, float]:
     ours, theirs = (
         pools[name, case.ranks].run(train_with, name, case, ranks=case.ranks, timeout=200.0) for name in LIBRARIES
     )
-    found: dict[str, float] = {}
+    found: dict[str, list[float]] = defaultdict(list)
     for mine, yours in zip(ours, theirs, strict=True):
         for name, x in yours.tensors.items():
-            found[name] = max(found.get(name, 0.0), apart(mine.tensors[name], x))
+            found[name].append(apart(mine.tensors[name], x))
         for name, values in yours.numbers.items():
             if None not in values:
-                pair = (torch.tensor(numbers, dtype=torch.float64) for numbers in (mine.numbers[name], values))
-                found[name] = max(found.get(name, 0.0), apart(*pair))
-    return found
+                both = (torch.tensor(numbers, dtype=torch.float64) for numbers in (mine.numbers[name], values))
+                found[name].append(apart(*both))
+    return {name: torch.tensor(each).max().item() for name, each in found.items()}  # one that is no number stays so
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
