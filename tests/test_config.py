@@ -558,3 +558,11 @@ def test_numbers_of_parameters_are_read(text, count):
 def test_what_is_no_number_of_parameters_is_refused(text):
     with pytest.raises(UserError, match="--parameters must be"):
         read_count(text)
+
+
+@pytest.mark.parametrize(("kind", "top"), [("WarmupLR", 0.25), ("WarmupDecayLR", 0.001)])
+def test_only_warmup_lr_rises_to_the_optimizers_rate(kind, top):
+    total = {"total_num_steps": 9} if kind == "WarmupDecayLR" else {}
+    adam = {"type": "AdamW", "params": {"lr": 0.25}}
+    made = read_config({**ONE, "optimizer": adam, "scheduler": {"type": kind, "params": total}})
+    assert made.scheduler.params["warmup_max_lr"] == top

@@ -160,13 +160,13 @@ def _type_of(setting: "Field[Any]", hint: Any) -> Type:
 def read_scheduler(one: Given, given: Mapping[str, Given], *, lr: float | None) -> tuple[str, Sifted]:
     """Return a schedule's name and its settings, by their dotted names.
 
-    lr  of the optimizer: what a schedule rises to that is given nothing else. Where it is not known here either,
-        warmup_max_lr is left out
+    lr  of the optimizer: what WarmupLR, and no other, rises to that is given nothing else. Where it is not known here
+        either, warmup_max_lr is left out
     """
     name = read_value(one.name, one.value, choice(*SCHEDULES), None)
     sifted = sift_settings(name, schedule_keys(name), given, SCHEDULER)
     values, origins, top = dict(sifted.values), dict(sifted.origins), f"{SCHEDULER}warmup_max_lr"
-    if origins.get(top) == "default":
+    if name == "WarmupLR" and origins.get(top) == "default":
         del values[top], origins[top]
         values |= {} if lr is None else {top: lr}
         origins |= {} if lr is None else {top: f"derived from {OPTIMIZER}lr"}
