@@ -44,7 +44,8 @@ from report import report, table
 from minispeed.collective.group import Group, SoloGroup
 from minispeed.collective.processes import connect
 from minispeed.engine import Engine, MicroBatch
-from minispeed.model.gpt import GPT, GPTConfig
+from minispeed.model.config import GPTConfig
+from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
 from minispeed.precision import Precision
 from minispeed.schedules import constant

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minispeed.collective.group import Group, SoloGroup
+from minispeed.collective.numbers import any_of
 from minispeed.errors import UserError
 from minispeed.layout import Interval
 
@@ -109,9 +110,7 @@ def _write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> None:
 
 def _agree(error: BaseException | None, group: Group, directory: Path, aside: Path) -> None:
     """Raise on every rank if one has failed, and leave nothing half-written."""
-    failed = torch.tensor([float(error is not None)])
-    group.all_reduce(failed, "max").wait()
-    if not failed.item():
+    if not any_of(group, error is not None):
         return
     if group.rank == 0:
         remove(aside)

@@ -232,8 +232,7 @@ class Engine:
 
         Returns  the gradient's norm before clipping; `skipped` says which it was
         """
-        for unit in self.sharded.units:
-            unit.absorb()
+        self.sharded.absorb()
         divisor = self.gradient_divisor
         norm, is_finite = norm_of(self.sharded)
         norm /= divisor
@@ -293,8 +292,7 @@ class Engine:
 
     def pieces(self) -> list[Piece]:
         """Return everything of this rank that a checkpoint must hold, by logical name; see `minispeed.snapshot`."""
-        for unit in self.sharded.units:
-            unit.absorb()
+        self.sharded.absorb()
         return pieces_of(self.sharded, self.optimizer)
 
     def load(self, source: Source, *, step: int, num_updates: int, with_optimizer: bool = True) -> None:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from minispeed.errors import UserError
-from minispeed.model.gpt import GPT, GPTConfig
+from minispeed.model.config import GPTConfig
+from minispeed.model.gpt import GPT
 from minispeed.model.init import draw
 from minispeed.model.loss import IGNORED, token_losses
 from minispeed.model.presets import PRESETS, preset

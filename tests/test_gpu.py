@@ -15,7 +15,8 @@ from test_attention import problems
 from minispeed.collective.launch import launch
 from minispeed.engine import Engine, MicroBatch, Report
 from minispeed.model.attention import fused, reference
-from minispeed.model.gpt import GPT, GPTConfig
+from minispeed.model.config import GPTConfig
+from minispeed.model.gpt import GPT
 from minispeed.model.mask import Mask
 from minispeed.precision import Precision
 from minispeed.schedules import constant

@@ -15,8 +15,9 @@ from minispeed.collective.threads import run_threads
 from minispeed.collective.trace import Trace, Traced
 from minispeed.collective.world import World
 from minispeed.errors import UserError
+from minispeed.model.config import GPTConfig
 from minispeed.model.generate import Sampling, generate
-from minispeed.model.gpt import GPT, GPTConfig
+from minispeed.model.gpt import GPT
 from minispeed.model.init import draw as drawn
 from minispeed.model.loss import IGNORED, token_losses as whole_losses
 from minispeed.model.presets import preset

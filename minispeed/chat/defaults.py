@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minispeed.chat.commands import SftOptions
-from minispeed.model.gpt import GPTConfig
+from minispeed.model.config import GPTConfig
 
 DEFAULT_SEQ = 512
 

@@ -25,7 +25,8 @@ from minispeed.chat.template import Template
 from minispeed.chat.tokenizer import ChatTokenizer
 from minispeed.collective.group import Group
 from minispeed.errors import UserError
-from minispeed.model.gpt import GPT, GPTConfig
+from minispeed.model.config import GPTConfig
+from minispeed.model.gpt import GPT
 
 WEIGHTS, CONFIG, TOKENIZER, TEMPLATE = "model.safetensors", "config.json", "tokenizer.json", "template.json"
 

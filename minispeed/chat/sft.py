@@ -20,13 +20,14 @@ from minispeed.chat.prepare import prepare
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.run import ChatModel, RunDirectory, check_vocabulary, use_threads
 from minispeed.chat.show import report_text
-from minispeed.chat.together import barrier
 from minispeed.chat.trainer import Trainer
 from minispeed.collective.group import Group
 from minispeed.collective.launch import Backend, launch, under_torchrun
+from minispeed.collective.numbers import barrier
 from minispeed.collective.world import World, current_world
 from minispeed.errors import UserError
-from minispeed.model.gpt import GPT, GPTConfig
+from minispeed.model.config import GPTConfig
+from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
 from minispeed.precision import DTYPES, Precision, choose_precision
 

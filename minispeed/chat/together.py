@@ -1,4 +1,4 @@
-"""What the ranks of a run do together: wait, lend the first of them the whole model, agree on the number of steps."""
+"""What the ranks of a run do together: lend the first of them the whole model, agree on the number of steps."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,15 +7,10 @@ import torch
 
 from minispeed.chat.clock import Clock
 from minispeed.collective.group import Group
-from minispeed.collective.numbers import any_of
+from minispeed.collective.numbers import any_of, barrier
 from minispeed.engine import Engine
 
 Made = TypeVar("Made")
-
-
-def barrier(group: Group) -> None:
-    """Return once every rank of the group has come here."""
-    group.all_reduce(torch.zeros(1)).wait()
 
 
 def on_first_rank(engine: Engine, work: Callable[[], Made]) -> Made | None:

@@ -22,6 +22,11 @@ def any_of(group: Group, flag: bool) -> bool:
     return bool(largest.item())
 
 
+def barrier(group: Group) -> None:
+    """Return once every rank of the group has come here."""
+    any_of(group, False)
+
+
 def everyones(group: Group, numbers: Sequence[int]) -> Tensor:
     """Return what each rank brought, (N, len(numbers)); every rank brings as many."""
     mine = torch.tensor(numbers)

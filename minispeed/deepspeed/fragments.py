@@ -10,7 +10,7 @@ https://deepspeed.readthedocs.io/en/latest/zero3.html#debugging
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ class _Part:
         self.unit, self.core = owner, _engines[owner]
         self.name = next(name for name, p in owner.parameters.items() if p is param)
         self.shape = owner.layout.shapes[self.name]
-        self.place = next((place for name, _, place in owner.layout.pieces(owner.part) if name == self.name), None)
+        held = (piece[1:] for piece in owner.layout.pieces(owner.part) if piece[0] == self.name)
+        self.elements, self.place = next(held, (Interval(0, 0), Interval(0, 0)))
 
     def whole(self, shard: Tensor) -> Tensor:
         """Gather what all ranks hold of this parameter.
@@ -58,16 +59,14 @@ class _Part:
 
     def mine(self, shard: Tensor) -> Tensor:
         """Return what this rank holds of this parameter, a flat view."""
-        return shard[slice(*self.place)] if self.place else shard[:0]
+        return shard[slice(*self.place)]
 
     def put(self, shard: Tensor, value: Tensor) -> None:
         """Write my piece of a whole value.  Raises UserError if it has another shape"""
         if tuple(value.shape) != tuple(self.shape):
             what = f"{self.name} has the shape {tuple(self.shape)}, the value {tuple(value.shape)}"
             raise UserError(what, fix="a value of the parameter's shape")
-        for name, elements, place in self.unit.layout.pieces(self.unit.part):
-            if name == self.name:
-                shard[slice(*place)].copy_(value.detach().flatten()[slice(*elements)])
+        self.mine(shard).copy_(value.detach().flatten()[slice(*self.elements)])
 
     def put_mine(self, shard: Tensor, value: Tensor) -> None:
         """Write my piece, given flat."""
@@ -77,17 +76,17 @@ class _Part:
             raise UserError(what, fix="a value of that many")
         mine.copy_(value.detach().flatten())
 
-    def gradient(self, *, make: bool = False) -> Tensor | None:
-        """Return the shard of the gradient, None before there is one."""
-        unit = self.unit
-        if unit.gradient is None and make:
-            unit.gradient = unit.master.new_zeros(unit.layout.shard_size, dtype=unit.dtypes.gradient)
-        return unit.gradient
+    def get_gradient(self, read: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Return what `read` takes of the shard of the mean gradient, None before there is one."""
+        shard = self.unit.gradient
+        return None if shard is None else read(shard).to(self.unit.master.dtype) / self.core.gradient_divisor
 
-    @property
-    def divisor(self) -> float:
-        """What a summed gradient is divided by to be the mean one."""
-        return self.core.gradient_divisor
+    def set_gradient(self, write: Callable[[Tensor, Tensor], None], value: Tensor) -> None:
+        """Let `write` put a mean gradient into the shard, which is made where there is none."""
+        unit = self.unit
+        if unit.gradient is None:
+            unit.gradient = unit.master.new_zeros(unit.layout.shard_size, dtype=unit.dtypes.gradient)
+        write(unit.gradient, value.to(unit.master.dtype) * self.core.gradient_divisor)
 
     def state(self, key: str, *, together: bool = True) -> Tensor:
         """Return a shard of the optimizer's state `key`, put together from the parameter groups' windows.
@@ -117,8 +116,6 @@ class _Part:
         """Let the parameter follow its master."""
         self.unit.publish()
         self.unit.at("after step")
-        if self.unit.stage == 3 and not self.unit.is_released:
-            self.unit.let_go()
 
 
 @torch.no_grad()
@@ -135,8 +132,7 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     It is the mean over ranks and micro-batches, the loss scale divided out.
     """
     part = _Part(param)
-    shard = part.gradient()
-    return None if shard is None else part.whole(shard).to(part.unit.master.dtype) / part.divisor
+    return part.get_gradient(part.whole)
 
 
 @torch.no_grad()
@@ -158,9 +154,7 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
 def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     """Replace the gradient that the step will use, before clipping."""
     part = _Part(param)
-    shard = part.gradient(make=True)
-    assert shard is not None
-    part.put(shard, value.to(part.unit.master.dtype) * part.divisor)
+    part.set_gradient(part.put, value)
 
 
 @torch.no_grad()
@@ -183,8 +177,7 @@ def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor:
 def safe_get_local_grad(param: nn.Parameter) -> Tensor | None:
     """Return what this rank holds of the gradient, flat."""
     part = _Part(param)
-    shard = part.gradient()
-    return None if shard is None else part.mine(shard).to(part.unit.master.dtype) / part.divisor
+    return part.get_gradient(part.mine)
 
 
 @torch.no_grad()
@@ -206,9 +199,7 @@ def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
 def safe_set_local_grad(param: nn.Parameter, value: Tensor) -> None:
     """Replace what this rank holds of the gradient."""
     part = _Part(param)
-    shard = part.gradient(make=True)
-    assert shard is not None
-    part.put_mine(shard, value.to(part.unit.master.dtype) * part.divisor)
+    part.set_gradient(part.put_mine, value)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torch import Tensor
 from minispeed.checkpoint import INDEX, Checkpoint, Piece, save, write_whole
 from minispeed.collective.agree import agree
 from minispeed.collective.group import CollectiveError
-from minispeed.collective.numbers import any_of
+from minispeed.collective.numbers import barrier
 from minispeed.deepspeed.logging import print_rank_0
 from minispeed.errors import UserError
 from minispeed.layout import Interval
@@ -77,7 +77,7 @@ def save_checkpoint(
     save(Path(save_dir) / tag, pieces, state, core.group)
     if save_latest and core.group.rank == 0:
         write_whole(Path(save_dir) / LATEST, lambda path: path.write_text(tag + "\n"))
-    any_of(core.group, False)  # nobody goes on before `latest` stands
+    barrier(core.group)  # nobody goes on before `latest` stands
     return True
 
 
@@ -157,7 +157,7 @@ def save_16bit_model(
         tensors = {name: x.detach().cpu().clone() for name, x in found.items()}
         write = save_file if save_filename.endswith(".safetensors") else torch.save
         write_whole(Path(save_dir) / save_filename, lambda path: write(tensors, path))
-    any_of(self.world.group, False)
+    barrier(self.world.group)
     return True
 
 

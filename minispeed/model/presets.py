@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from minispeed.errors import UserError, nearest
-from minispeed.model.gpt import GPTConfig
+from minispeed.model.config import GPTConfig
 
 
 def _llama(layers: int, dim: int, heads: int, kv_heads: int, hidden: int, **other: Any) -> GPTConfig:

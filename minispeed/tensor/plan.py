@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from torch import nn
 
 from minispeed.errors import UserError, nearest
-from minispeed.model.gpt import GPTConfig
+from minispeed.model.config import GPTConfig
 from minispeed.placement import Place, Replicated, Shard
 
 AXIS = "tp"

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from minispeed.model.gpt import GPTConfig
+from minispeed.model.config import GPTConfig
 
 
 @st.composite

@@ -262,18 +262,20 @@ class ShardedModel:
             what = f"shape {tuple(loss.shape)}" if loss.numel() != 1 else "no gradient"
             raise UserError(f"a backward starts from one loss, and it has {what}", fix="loss.sum() of a forward")
         self.reduction.is_last = last
-        self._begin()
-        try:
-            with self._saving():
-                loss.backward(**options)
-            self.reduction.end()
-        finally:
-            self._stop()
+        with self._reducing(), self._saving():
+            loss.backward(**options)
 
     def reduce_now(self) -> None:
-        """Reduce the gradients that parameters have without a backward of ours: somebody has set them."""
+        """Reduce the gradients that are there, without a backward: somebody has set them, or they have waited."""
+        with self._reducing():
+            pass
+
+    @contextlib.contextmanager
+    def _reducing(self) -> Iterator[None]:
+        """Reduce what becomes complete inside this, and at its end what is left."""
         self._begin()
         try:
+            yield
             self.reduction.end()
         finally:
             self._stop()
@@ -281,14 +283,9 @@ class ShardedModel:
     def _begin_unasked(self) -> None:
         """Somebody called backward himself: do what `backward` does, the end of it when autograd is done."""
         if not self._in_backward:
-            self._begin()
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_unasked)
-
-    def _end_unasked(self) -> None:
-        try:
-            self.reduction.end()
-        finally:
-            self._stop()
+            whole = contextlib.ExitStack()
+            whole.enter_context(self._reducing())
+            torch.autograd.Variable._execution_engine.queue_callback(whole.close)
 
     def _begin(self) -> None:
         self.num_backwards += 1
@@ -317,6 +314,11 @@ class ShardedModel:
         self.reduction.got(unit, name, p.grad)
 
     # ---- step
+
+    def absorb(self) -> None:
+        """Take over what somebody put in the parameters' places."""
+        for unit in self.units:
+            unit.absorb()
 
     def forget(self) -> None:
         """Drop all gradients."""

@@ -279,7 +279,7 @@ MUTATIONS = [
     Mutation(
         "a backward that the caller calls ends without reducing",
         SHARDED,
-        "torch.autograd.Variable._execution_engine.queue_callback(self._end_unasked)",
+        "torch.autograd.Variable._execution_engine.queue_callback(whole.close)",
         "torch.autograd.Variable._execution_engine.queue_callback(self._stop)",
         CALLING,
     ),
