@@ -1,8 +1,9 @@
 """Write a run down so that nothing is ever half-written, and go on from it.
 
 A checkpoint is logical: every tensor under its full name and shape, whatever layout wrote it. Each rank writes the
-elements that it owns: `rank-K.safetensors` holds them, `rank-K.json` says which elements of which flattened tensor each
-piece is, and `index.json` holds the run's state. A reader takes from the pieces what it needs, whoever wrote them.
+elements that it owns: `rank-K.safetensors` holds them, `rank-K.json` says which elements of which flattened tensor, or
+slice of it, each piece is, and `index.json` holds the run's state. A reader takes from the pieces what it needs,
+whoever wrote them, and however it was cut.
 
 Nothing is ever half-written: all is written to a directory beside, synced, and renamed in one move.
 """
@@ -12,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +26,18 @@ from minispeed.collective.group import Group, SoloGroup
 from minispeed.collective.numbers import any_of
 from minispeed.errors import UserError
 from minispeed.layout import Interval
+from minispeed.placement import WHOLE, Shard, Slice, join, local_shape
 
 INDEX = "index.json"
-FORMAT = 1
+FORMATS = (1, 2)  # that can be read; the last is written: since 2 a piece may be of a slice
 
 
 class Piece(NamedTuple):
-    """Some elements of the flattened tensor `name` of that shape: which they are, and the tensor that holds them.
+    """Some elements of the tensor `name` of that shape: which they are, and the tensor that holds them.
 
-    is_copy  every rank holds these: the first one's are written
+    elements  of the flattened `part`
+    is_copy   another rank holds the same, and writes them
+    part      the slice of the tensor that this is of
     """
 
     name: str
@@ -40,6 +45,7 @@ class Piece(NamedTuple):
     elements: Interval
     tensor: Tensor
     is_copy: bool = False
+    part: Slice = WHOLE
 
 
 def write_whole(target: Path, write: Callable[[Path], object]) -> None:
@@ -74,7 +80,7 @@ def save(directory: Path, pieces: Sequence[Piece], state: Mapping[str, Any], gro
             with _sentence_for(directory):
                 remove(aside)
                 aside.mkdir(parents=True)
-                index = {"format": FORMAT, "ranks": group.size, "state": dict(state)}
+                index = {"format": FORMATS[-1], "ranks": group.size, "state": dict(state)}
                 (aside / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     except BaseException as failure:
         error = failure
@@ -95,17 +101,30 @@ def save(directory: Path, pieces: Sequence[Piece], state: Mapping[str, Any], gro
 
 
 def _write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> None:
-    """Write what this rank owns; of copies (`Piece.is_copy`) only rank 0's."""
+    """Write what this rank owns."""
     name = f"rank-{rank:05d}"
-    pieces = [piece for piece in pieces if rank == 0 or not piece.is_copy]
+    pieces = [piece for piece in pieces if not piece.is_copy]
     keys = [f"{piece.name}[{piece.elements.start}:{piece.elements.stop}]" for piece in pieces]
     tensors = {key: piece.tensor.detach().flatten().contiguous() for key, piece in zip(keys, pieces)}
     save_file(tensors, folder / f"{name}.safetensors")
     listed = [
-        {"name": p.name, "shape": list(p.shape), "elements": list(p.elements), "key": key}
+        {"name": p.name, "shape": list(p.shape), "elements": list(p.elements), "key": key} | _described(p.part)
         for key, p in zip(keys, pieces)
     ]
     (folder / f"{name}.json").write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def _described(part: Slice) -> dict[str, Any]:
+    """Return a slice as JSON; nothing for a whole tensor."""
+    return {} if part == WHOLE else {"part": {**asdict(part), "place": asdict(part.place)}}
+
+
+def _slice_of(entry: Mapping[str, Any]) -> Slice:
+    """Return what `_described` wrote into a piece's entry."""
+    if "part" not in entry:
+        return WHOLE
+    place = {**entry["part"]["place"], "chunks": tuple(entry["part"]["place"]["chunks"])}
+    return Slice(Shard(**place), entry["part"]["index"], entry["part"]["count"])
 
 
 def _agree(error: BaseException | None, group: Group, directory: Path, aside: Path) -> None:
@@ -127,28 +146,44 @@ class Checkpoint:
         """
         self.directory = directory
         index = self._json(INDEX)
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
+        if not isinstance(index, dict) or index.get("format") not in FORMATS:
             found = index.get("format") if isinstance(index, dict) else "none"
-            raise UserError(f"{directory / INDEX} is of format {found}, this version reads {FORMAT}", fix="its version")
+            what = f"{directory / INDEX} is of format {found}, this version reads {FORMATS[0]} to {FORMATS[-1]}"
+            raise UserError(what, fix="its version")
         self.state: dict[str, Any] = index["state"]
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[str, list[tuple[Interval, str, str]]] = {}
+        self._pieces: dict[str, dict[Slice, list[tuple[Interval, str, str]]]] = {}
         for rank in range(index["ranks"]):
             for piece in self._json(f"rank-{rank:05d}.json"):
                 self.shapes[piece["name"]] = tuple(piece["shape"])
                 entry = (Interval(*piece["elements"]), f"rank-{rank:05d}.safetensors", piece["key"])
-                self._pieces.setdefault(piece["name"], []).append(entry)
+                self._pieces.setdefault(piece["name"], {}).setdefault(_slice_of(piece), []).append(entry)
 
-    def read(self, name: str, elements: Interval) -> Tensor | None:
-        """Return some elements of the flattened tensor `name`, (elements.size,); None where there is no such tensor.
+    def read(self, name: str, elements: Interval, part: Slice = WHOLE) -> Tensor | None:
+        """Return some elements of the flattened tensor `name`, or of a slice of it; None where there is no such tensor.
 
-        Reads only the pieces that hold them.
-        Raises  UserError if a file is damaged, or no piece holds some of the elements
+        Reads    only the pieces that hold them; where the tensor was cut otherwise, all of it
+        Returns  (elements.size,)
+        Raises   UserError if a file is damaged, or no piece holds some of the elements
         """
         if name not in self._pieces:
             return None
+        if part in self._pieces[name]:
+            return self._elements(name, part, elements)
+        return part.of(self._whole(name)).flatten()[slice(*elements)]
+
+    def _whole(self, name: str) -> Tensor:
+        """Join the slices of a tensor."""
+        held, shape = next(iter(self._pieces[name])), self.shapes[name]
+        sizes = {held.place.axis: held.count} if isinstance(held.place, Shard) else {}
+        local = torch.Size(local_shape(shape, held.place, sizes))
+        slices = [replace(held, index=index) for index in range(held.count)]
+        whole = Interval(0, local.numel())
+        return join([self._elements(name, one, whole).view(local) for one in slices], held.place)
+
+    def _elements(self, name: str, part: Slice, elements: Interval) -> Tensor:
         parts, reached = [], elements.start
-        for held, file, key in sorted(self._pieces[name]):
+        for held, file, key in sorted(self._pieces[name].get(part, ())):
             wanted = held.meet(Interval(reached, elements.stop))
             if wanted.size and wanted.start == reached:
                 parts.append(self._slice(file, key, wanted.shift(-held.start)))
@@ -160,9 +195,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor | None:
         """Return the whole tensor, in its shape."""
-        shape = self.shapes.get(name)
-        flat = None if shape is None else self.read(name, Interval(0, torch.Size(shape).numel()))
-        return None if flat is None or shape is None else flat.view(shape)
+        return None if name not in self._pieces else self._whole(name)
 
     def _slice(self, file: str, key: str, part: Interval) -> Tensor:
         try:

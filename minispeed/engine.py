@@ -25,10 +25,12 @@ from minispeed.collective.numbers import everyones, sums_of
 from minispeed.errors import UserError
 from minispeed.model.loss import IGNORED
 from minispeed.optim import AdamW, check_elementwise, decay_groups
+from minispeed.parts import Layout, Lines, Part, cut_model
 from minispeed.precision import Precision
 from minispeed.scaler import LossScaler
 from minispeed.schedules import Schedule, constant, set_rates
 from minispeed.snapshot import Source, pieces_of, put_back
+from minispeed.tensor.plan import Plan
 from minispeed.zero.absent import owner_of
 from minispeed.zero.sharded import Offload, ShardedModel
 from minispeed.zero.unit import Dtypes
@@ -109,9 +111,13 @@ class Engine:
         offload: Offload = Offload(),
         divisor: float = 1.0,
         predivide: float = 1.0,
+        layout: Layout = Layout(),
+        plan: Plan | None = None,
     ) -> None:
-        """Take over the model's parameters; every rank starts from rank 0's values.
+        """Take over the model's parameters; every rank builds the whole model and starts from rank 0's values.
 
+        group         all ranks of the run, which share the model as `layout` says
+        plan          how tp cuts the model's leaves; a GPT brings its own
         zero          ZeRO stage
         clip          largest global norm of the gradient; 0 leaves it alone
         optimizer     makes the optimizer of groups {"params", ...}; our AdamW when absent. On a rank that owns nothing
@@ -131,6 +137,7 @@ class Engine:
                 fix="scaler=LossScaler(), or bf16",
             )
         self.group: Group = group or SoloGroup()
+        self.layout, self.lines = layout, Lines.of(layout.mesh(self.group.size), self.group)
         self.schedule, self.lr, self.clip = schedule, lr, clip
         self.step = self.num_updates = 0  # a skipped step is no update
         self.skipped = False  # whether the last one was
@@ -145,10 +152,13 @@ class Engine:
             "clip": clip,
         }
         settings |= {"bucket": bucket, "prefetch": prefetch, "persistence": persistence, "offload": offload}
+        settings["layout"] = layout
         agree(self.group, settings | {f"parameter {name}": _describe(p) for name, p in model.named_parameters()})
         for tensor in [*(p for p in model.parameters() if owner_of(p) is None), *model.buffers()]:
             self.group.broadcast(tensor.detach(), 0).wait()  # who has an owner was born with equal values
         groups = [dict(of) for of in param_groups or decay_groups(model, weight_decay)]
+        self.names = [name for name, _ in model.named_parameters()]
+        logical = cut_model(model, layout, self.lines, plan)
         accumulate = precision.accumulate or precision.master
         dtypes = Dtypes(
             compute=precision.compute,
@@ -158,9 +168,9 @@ class Engine:
             reduce=precision.reduce or precision.compute,
             gradient=accumulate,
         )
-        self.sharded = ShardedModel(
+        sharded = ShardedModel(
             model,
-            self.group,
+            self.lines.shards,
             stage=zero,
             dtypes=dtypes,
             param_groups=[of["names"] for of in groups],
@@ -172,10 +182,11 @@ class Engine:
             offload=offload,
             predivide=predivide,
         )
+        self.parts = [Part(sharded, logical)]
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(precision.compute)
-        for of, masters in zip(groups, self.sharded.masters_by_group(len(groups)), strict=True):
+        for of, masters in zip(groups, sharded.masters_by_group(len(groups)), strict=True):
             del of["names"]
             of["params"] = masters
         try:
@@ -183,7 +194,13 @@ class Engine:
         except ValueError as error:
             how = "each a whole tensor" if zero == 0 else f"at ZeRO stage {zero} flat shards of many"
             raise UserError(f"the optimizer refuses the parameters, {how}: {error}", fix="zero=0, or AdamW") from error
-        check_elementwise(self.optimizer, zero)
+        check_elementwise(self.optimizer, zero, tp=layout.tp)
+
+    @property
+    def sharded(self) -> ShardedModel:
+        """The sharded model of a rank that holds one part alone."""
+        (part,) = self.parts
+        return part.sharded
 
     def train_step(
         self,
@@ -194,23 +211,24 @@ class Engine:
     ) -> Report:
         """Make one update from all micro-batches of all ranks together. Every rank brings as many.
 
+        micro_batches  the same on ranks that share a copy of the model
         observe      is given each micro-batch of this rank with its losses, (B, T) nats, 0 where not supervised
         watch_small  count, for the report, the gradients that fp16 could not hold without the loss scale
         """
         # 1. count, so that everything after is a plain sum
         counts = [sum(micro.num_supervised for micro in micro_batches)]
         counts.append(sum(int((micro.documents >= 0).sum()) for micro in micro_batches))
-        num_supervised, num_tokens = sums_of(self.group, counts).tolist()
+        num_supervised, num_tokens = sums_of(self.lines.dp, counts).tolist()
         # 2. gradients, times the loss scale
         scaler = self.scaler
         total = self._gradients(micro_batches, num_supervised, observe)
-        small = too_small(self.sharded, scaler.scale) if watch_small else {}
+        small = too_small(self.parts, self.lines, scaler.scale, self.names) if watch_small else {}
         # 3. one rate, one norm, one step
         rate = set_rates(self.optimizer.param_groups, self.schedule, self.lr, self.step)
         norm = self.update()
         hopeless = self.skipped and scaler.is_at_floor
         return Report(
-            loss=sums_of(self.group, [total]).item() / max(1, num_supervised),
+            loss=sums_of(self.lines.dp, [total]).item() / max(1, num_supervised),
             num_supervised=int(num_supervised),
             num_tokens=int(num_tokens),
             norm=norm,
@@ -232,12 +250,13 @@ class Engine:
 
         Returns  the gradient's norm before clipping; `skipped` says which it was
         """
-        self.sharded.absorb()
+        for part in self.parts:
+            part.sharded.absorb()
         divisor = self.gradient_divisor
-        norm, is_finite = norm_of(self.sharded)
+        norm, is_finite = norm_of(self.parts, self.lines)
         norm /= divisor
         if is_finite:
-            for unit in self.sharded.units:
+            for unit in (unit for part in self.parts for unit in part.units):
                 # unit by unit, so that gradients in the masters' dtype exist for one unit at a time
                 unit.give_gradients(clip_factor(norm, self.clip) / divisor)
                 if unit.masters:
@@ -245,9 +264,8 @@ class Engine:
                 for master in unit.masters:
                     master.grad = None
             self.num_updates += 1
-            self.sharded.publish()
-        else:
-            self.sharded.forget()
+        for part in self.parts:
+            part.sharded.publish() if is_finite else part.sharded.forget()
         self.skipped = not is_finite
         self.scaler = self.scaler.after(self.skipped)
         self.step += 1
@@ -279,7 +297,7 @@ class Engine:
         with self.sharded.watching(lambda name, grad: None if grad.isfinite().all() else found.append(name)):
             self._gradients(micro_batches, num_supervised)
         self.sharded.forget()
-        names = [name for name, _ in self.model.named_parameters()]
+        names = self.names
         firsts = everyones(self.group, [names.index(found[0]) if found else len(names)]).flatten().tolist()
         bad = [(rank, index) for rank, index in enumerate(firsts) if index < len(names)]
         step = self.step - 1
@@ -292,13 +310,14 @@ class Engine:
 
     def pieces(self) -> list[Piece]:
         """Return everything of this rank that a checkpoint must hold, by logical name; see `minispeed.snapshot`."""
-        self.sharded.absorb()
-        return pieces_of(self.sharded, self.optimizer)
+        for part in self.parts:
+            part.sharded.absorb()
+        return pieces_of(self.parts, self.optimizer)
 
     def load(self, source: Source, *, step: int, num_updates: int, with_optimizer: bool = True) -> None:
         """Go on from what `pieces` returned after `step` steps, of which `num_updates` were not skipped."""
         self.step, self.num_updates = step, num_updates
-        put_back(self.sharded, self.optimizer, source, with_optimizer=with_optimizer)
+        put_back(self.parts, self.optimizer, source, with_optimizer=with_optimizer)
 
 
 def _describe(p: nn.Parameter) -> str:

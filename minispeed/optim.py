@@ -205,18 +205,21 @@ class SGD(_Elementwise):
         )
 
 
-def check_elementwise(optimizer: torch.optim.Optimizer, stage: int) -> None:
+def check_elementwise(optimizer: torch.optim.Optimizer, stage: int, *, tp: int = 1) -> None:
     """Refuse an optimizer of torch's that would compute something else than it does on whole parameters.
 
     stage   of ZeRO
+    tp      ranks that share each layer's width
     Raises  UserError with the reason. What is not torch's is taken to be element-wise
     """
     for name, (refused_from, reason) in NOT_ELEMENTWISE.items():
         kind = getattr(torch.optim, name, None)  # not every torch has every one
-        if kind is not None and isinstance(optimizer, kind) and stage >= refused_from:
-            raise UserError(
-                f"{type(optimizer).__name__} {reason}", fix="ZeRO stage 0, or AdamW" if refused_from else "AdamW"
-            )
+        if kind is None or not isinstance(optimizer, kind):
+            continue
+        if stage >= refused_from:
+            raise UserError(f"{name} {reason}", fix="ZeRO stage 0, or AdamW" if refused_from else "AdamW")
+        if tp > 1:
+            raise UserError(f"{name} looks at whole matrices, and tp={tp} cuts them", fix="tp=1, or AdamW")
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -45,6 +45,22 @@ Place: TypeAlias = Shard | Replicated
 Placement: TypeAlias = Mapping[str, Place]
 
 
+@dataclass(frozen=True)
+class Slice:
+    """One rank's part of a tensor: number `index` of the `count` that `place` cuts it into."""
+
+    place: Place = Replicated()
+    index: int = 0
+    count: int = 1
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return this part of a whole tensor: see `cut`."""
+        return cut(x, self.place, rank=self.index, size=self.count)
+
+
+WHOLE = Slice()
+
+
 def local_shape(shape: Sequence[int], place: Place, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return the shape that one rank holds; `sizes` is the length of each mesh axis.
 

@@ -7,7 +7,7 @@
 Whatever the layout, the names are the same: so the layout may change between writing and reading.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from minispeed.checkpoint import Piece
 from minispeed.errors import UserError
 from minispeed.layout import Interval
-from minispeed.zero.sharded import ShardedModel
+from minispeed.parts import Part
+from minispeed.placement import WHOLE, Slice
 from minispeed.zero.unit import ShardedUnit
 
 MASTERS = "parameters"
@@ -30,16 +31,19 @@ class Source(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return the shape of each tensor by its name."""
 
-    def read(self, name: str, elements: Interval) -> Tensor | None:
-        """Return some elements of the flattened tensor `name`, None where there is no such tensor."""
+    def read(self, name: str, elements: Interval, part: Slice = WHOLE) -> Tensor | None:
+        """Return some elements of the flattened tensor `name`, or of a slice of it; None where there is no such tensor.
+
+        elements  in the flattened slice
+        """
 
 
-def pieces_of(sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> list[Piece]:
+def pieces_of(parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> list[Piece]:
     """Return everything of this rank that a checkpoint must hold; the tensors are views of the live ones.
 
-    At stage 0 every rank returns everything.
+    What another rank holds too and writes is marked so.
     """
-    found = list(_elements(sharded, optimizer))
+    found = [piece for part in parts for piece in _elements(part, optimizer)]
     for index, group in enumerate(optimizer.param_groups):
         for key, value in _numbers(optimizer, group).items():
             number = torch.tensor([float(value)], dtype=torch.float64)
@@ -49,7 +53,7 @@ def pieces_of(sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> list[P
 
 @torch.no_grad()
 def put_back(
-    sharded: ShardedModel, optimizer: torch.optim.Optimizer, source: Source, *, with_optimizer: bool = True
+    parts: Sequence[Part], optimizer: torch.optim.Optimizer, source: Source, *, with_optimizer: bool = True
 ) -> None:
     """Go on from what `pieces_of` returned, under whatever layout.
 
@@ -58,30 +62,35 @@ def put_back(
     """
     optimizer.state.clear()
     if with_optimizer:
-        _start_states(sharded, optimizer, source)
-    for name, shape, elements, tensor, _ in _elements(sharded, optimizer):
+        for part in parts:
+            _start_states(part, optimizer, source)
+    for name, shape, elements, tensor, _, of in (piece for part in parts for piece in _elements(part, optimizer)):
         if (held := source.shapes.get(name, shape)) != shape:
             what = f"{name} has the shape {tuple(held)} in the checkpoint, {tuple(shape)} here"
             raise UserError(what, fix="the checkpoint of a run of this model")
-        found = source.read(name, elements)
+        found = source.read(name, elements, of)
         if found is None:
             raise UserError(f"the checkpoint holds no {name}", fix="the checkpoint of a run of this model")
         tensor.copy_(found.view(tensor.shape))
-    sharded.publish(frozen=True)
+    for part in parts:
+        part.sharded.publish(frozen=True)
 
 
-def _start_states(sharded: ShardedModel, optimizer: torch.optim.Optimizer, source: Source) -> None:
+def _start_states(part: Part, optimizer: torch.optim.Optimizer, source: Source) -> None:
     """Give each master the states that the source has of its elements, still zero, and its group's numbers."""
     kinds: dict[str, list[str]] = {}
     for full in source.shapes:
         kind, _, name = full.partition("/")
         kinds.setdefault(name, []).append(kind)
-    for unit in sharded.units:
+    for unit in part.units:
         for (index, window, first), master in zip(unit.windows, unit.masters):
-            state, group = optimizer.state[master], optimizer.param_groups[index]
-            mine = [name for name, _, place in unit.layout.pieces(unit.part) if place.meet(window).size]
+            state, group, of = optimizer.state[master], optimizer.param_groups[index], part.logical[first]
+            here = [name for name, _, place in unit.layout.pieces(unit.part) if place.meet(window).size]
+            mine = [part.logical[name].name for name in here]
             for kind in sorted({kind for name in mine for kind in kinds.get(name, ())} - {MASTERS}):
-                state[kind] = master.new_zeros(source.shapes[f"{kind}/{first}"] if unit.whole else master.shape)
+                # an optimizer of whole tensors may keep rows and columns, in shapes of their own
+                held = source.shapes[f"{kind}/{of.name}"] if unit.whole else of.shape
+                state[kind] = master.new_zeros(master.shape if held == of.shape else held)
             for kind in kinds.get(f"group {index}", ()):
                 value = source.read(f"{kind}/group {index}", Interval(0, 1))
                 assert value is not None
@@ -89,27 +98,40 @@ def _start_states(sharded: ShardedModel, optimizer: torch.optim.Optimizer, sourc
                 state[kind] = torch.tensor(value.item(), dtype=torch.float32, device=on)
 
 
-def _elements(sharded: ShardedModel, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
+def _elements(part: Part, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
     """Yield what is kept of this rank's elements."""
-    for unit in sharded.units:
-        shapes = unit.layout.shapes
+    for unit in part.units:
         for name, elements, place in unit.layout.pieces(unit.part):
-            yield Piece(f"{MASTERS}/{name}", shapes[name], elements, unit.master[slice(*place)], unit.whole)
+            yield _piece(part, unit, MASTERS, name, elements, unit.master[slice(*place)])
         for (_, window, first), master in zip(unit.windows, unit.masters):
             for kind, state in _moments(optimizer, master):
-                if unit.whole:  # its own shape: an optimizer of whole tensors may keep rows and columns
-                    yield Piece(f"{kind}/{first}", tuple(state.shape), Interval(0, state.numel()), state.view(-1), True)
+                if not unit.whole:
+                    yield from _cut(part, unit, kind, window, state)
+                elif state.shape == master.shape:
+                    yield _piece(part, unit, kind, first, Interval(0, state.numel()), state.view(-1))
                 else:
-                    yield from _cut(unit, kind, window, state)
+                    of, is_copy = part.logical[first], _is_copy(part, unit, first)
+                    elements = Interval(0, state.numel())
+                    yield Piece(f"{kind}/{of.name}", tuple(state.shape), elements, state.view(-1), is_copy)
 
 
-def _cut(unit: ShardedUnit, kind: str, window: Interval, state: Tensor) -> Iterator[Piece]:
+def _cut(part: Part, unit: ShardedUnit, kind: str, window: Interval, state: Tensor) -> Iterator[Piece]:
     """Yield a flat state of a window of the shard, parameter by parameter."""
     for name, elements, place in unit.layout.pieces(unit.part):
         both = place.meet(window)
         if both.size:
-            part = state[slice(*both.shift(-window.start))]
-            yield Piece(f"{kind}/{name}", unit.layout.shapes[name], both.shift(elements.start - place.start), part)
+            here = state[slice(*both.shift(-window.start))]
+            yield _piece(part, unit, kind, name, both.shift(elements.start - place.start), here)
+
+
+def _piece(part: Part, unit: ShardedUnit, kind: str, name: str, elements: Interval, tensor: Tensor) -> Piece:
+    of = part.logical[name]
+    return Piece(f"{kind}/{of.name}", of.shape, elements, tensor, _is_copy(part, unit, name), of.part)
+
+
+def _is_copy(part: Part, unit: ShardedUnit, name: str) -> bool:
+    """Whether another rank writes the same elements."""
+    return not part.logical[name].counts or (unit.whole and unit.group.rank > 0)
 
 
 def _moments(optimizer: torch.optim.Optimizer, master: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -47,7 +47,8 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path_factory, drawn,
     def write(group) -> None:
         part = 0 if copies else group.rank
         mine = layout.shard(flat, part)
-        pieces = [Piece(n, drawn[n], e, mine[slice(*place)], copies) for n, e, place in layout.pieces(part)]
+        is_copy = copies and group.rank > 0
+        pieces = [Piece(n, drawn[n], e, mine[slice(*place)], is_copy) for n, e, place in layout.pieces(part)]
         checkpoint.save(directory, pieces, {}, group)
 
     run_threads(write, writers)

@@ -178,6 +178,24 @@ def test_a_change_that_nobody_owns_is_an_error():
         run_threads(change, 2)
 
 
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+def test_a_replacement_that_nobody_owns_is_an_error_too(stage):
+    """`p.data = value` is no change of the tensor that was there. No stage: a parameter that no engine has."""
+    group = SoloGroup()
+    with Init(group):
+        model = nn.Linear(1, 1, bias=False)
+    p = model.weight if stage is None else engine(group, stage).model.norm.weight
+    with pytest.raises(UserError, match="modifier_rank=0"), GatheredParameters(p):
+        p.data = p.data.clone()
+
+
+def test_parameters_that_are_not_to_be_gathered_stay_released():
+    with Init(SoloGroup()):
+        model = nn.Linear(1, 1)
+    with GatheredParameters(model.parameters(), enabled=False):
+        assert owner_of(model.weight).is_released
+
+
 def test_a_released_parameter_shows_its_name_and_shape_and_no_memory():
     def look(group):
         run = engine(group, 3)

@@ -94,7 +94,11 @@ class Group(Exchanging, Protocol):
 class SoloGroup:
     """The group of one: everything is the identity."""
 
-    rank, size, members = 0, 1, (0,)
+    rank, size = 0, 1
+
+    def __init__(self, member: int = 0) -> None:
+        """Be the group of that rank of the world alone."""
+        self.members: tuple[int, ...] = (member,)
 
     def all_reduce(self, x: Tensor, op: Op = "sum") -> Work:
         """Leave `x` as it is."""

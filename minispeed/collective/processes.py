@@ -24,8 +24,10 @@ from torch import Tensor
 from minispeed.collective import rings
 from minispeed.collective.flight import FlightRecorder, Operation
 from minispeed.collective.group import (
+    Group,
     Message,
     Op,
+    SoloGroup,
     Work,
     check_buffers,
     check_lines,
@@ -112,9 +114,17 @@ class TorchGroup:
         check_messages(self, sends, recvs)
         return self._record(describe_messages(sends, recvs), lambda: [self._lane.exchange(sends, recvs)])
 
-    def subgroup(self, lines: Sequence[Sequence[int]]) -> "TorchGroup":
-        """Return the group of the line that holds me; only its own ranks need to call, in one order."""
+    def subgroup(self, lines: Sequence[Sequence[int]]) -> Group:
+        """Return the group of the line that holds me; only its own ranks need to call, in one order.
+
+        Where all lines are of one rank, or there is one line, no new connections are made. Else every rank makes one
+        group: torch numbers them by how many the process has, and the members of a line must count alike.
+        """
         members = [self.members[rank] for rank in check_lines(self, lines)]
+        if len(lines) == self.size:
+            return SoloGroup(members[0])
+        if len(lines) == 1:
+            return self
         timeout = timedelta(seconds=self._timeout)
         group = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
         return TorchGroup(group, self._recorder, timeout=self._timeout)

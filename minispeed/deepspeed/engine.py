@@ -13,10 +13,8 @@ unequal numbers of supervised tokens that is not the mean over all tokens, which
 https://deepspeed.readthedocs.io/en/latest/training.html
 """
 
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,24 +24,22 @@ from minispeed.collective.trace import Trace
 from minispeed.collective.world import World
 from minispeed.config import Config
 from minispeed.deepspeed import saving
+from minispeed.deepspeed.answers import Answers
 from minispeed.deepspeed.fragments import register
 from minispeed.deepspeed.optimizer import EngineOptimizer
 from minispeed.deepspeed.reporter import Reporter
+from minispeed.deepspeed.zero_grad import ZeroGrad
 from minispeed.engine import Engine
 from minispeed.errors import UserError
 
 
-class DeepSpeedEngine(nn.Module):
-    """A module that trains itself; what is not here is the module's.
-
-    global_steps, skipped_steps  updates so far, and those of them that changed nothing
-    micro_steps, global_samples  micro-batches of this rank, and rows of all
-    """
+class DeepSpeedEngine(Answers):
+    """A module that trains itself; what is not here, nor among the answers, is the module's."""
 
     def __init__(self, module: nn.Module, world: World, config: Config, core: Engine | None, trace: Trace) -> None:
         """Take a module whose parameters `core` has taken over; None where there is no optimizer."""
-        super().__init__()
-        self.module, self.world, self.config, self.core = module, world, config, core
+        super().__init__(config, core)
+        self.module, self.world = module, world
         self.device, self.local_rank = world.device, world.device.index or 0
         self.global_rank, self.world_size = world.rank, world.size
         self.optimizer = (
@@ -51,11 +47,9 @@ class DeepSpeedEngine(nn.Module):
         )
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
-        self.global_steps = self.micro_steps = self.skipped_steps = self.global_samples = 0
         self._boundary: bool | None = None  # what the caller says of the accumulation's boundary, instead of a count
         self._is_synchronised = True
         self._num_used = self._num_scaled = 0  # backwards that steps have used, and those since with a scaled loss
-        self._norm: float | None = None
         self._reporter = Reporter(config, world, trace)
         self.timers, self.tput_timer = self._reporter.timers, self._reporter.throughput
         self.monitor = self._reporter.monitor
@@ -173,12 +167,6 @@ class DeepSpeedEngine(nn.Module):
         counts = (self.global_steps, self.global_samples)
         self._reporter.report(*counts, skipped=self.skipped_steps, lr=self.get_lr(), mom=self.get_mom(), scale=scale)
 
-    def _trained(self) -> Engine:
-        if self.core is None:
-            what = "this engine has no optimizer, so it only runs forwards"
-            raise UserError(what, fix='"optimizer": {"type": "AdamW"} in the config, or initialize(optimizer=...)')
-        return self.core
-
     # ---- accumulation
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -224,73 +212,6 @@ class DeepSpeedEngine(nn.Module):
 
     def _forget_counts(self) -> None:
         self._num_used, self._num_scaled = self._trained().sharded.num_backwards, 0
-
-    # ---- what it is
-
-    def train_batch_size(self) -> int:
-        """Return the rows of a step, all ranks together."""
-        return self.config.batch.train
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Return the rows that go through a rank's module at once."""
-        return self.config.batch.micro
-
-    def gradient_accumulation_steps(self) -> int:
-        """Return the micro-batches of a step."""
-        return self.config.batch.accumulation
-
-    def gradient_clipping(self) -> float:
-        """Return the largest norm of the gradient; 0 leaves it alone."""
-        return self.config.gradient_clipping
-
-    def fp16_enabled(self) -> bool:
-        """Return whether parameters are fp16."""
-        return self.config.fp16.enabled
-
-    def bfloat16_enabled(self) -> bool:
-        """Return whether parameters are bf16."""
-        return self.config.bf16.enabled
-
-    def zero_optimization(self) -> bool:
-        """Return whether anything is cut."""
-        return self.config.zero.stage > 0
-
-    def zero_optimization_stage(self) -> int:
-        """Return the stage of ZeRO."""
-        return self.config.zero.stage
-
-    def steps_per_print(self) -> int | None:
-        """Return how many steps lie between lines of progress."""
-        return self.config.steps_per_print
-
-    def wall_clock_breakdown(self) -> bool:
-        """Return whether times are printed."""
-        return self.config.wall_clock_breakdown
-
-    def dynamic_loss_scale(self) -> bool:
-        """Return whether the loss scale changes."""
-        return self._trained().scaler.dynamic
-
-    def get_lr(self) -> list[float]:
-        """Return the learning rate of each parameter group."""
-        return [group["lr"] for group in self._trained().optimizer.param_groups]
-
-    def get_mom(self) -> list[Any]:
-        """Return the betas, or the momentum, of each parameter group."""
-        groups = self._trained().optimizer.param_groups
-        return [group.get("betas", group.get("momentum", 0.0)) for group in groups]
-
-    def get_global_grad_norm(self) -> float | None:
-        """Return the gradient's norm in the last update, before clipping; None before the first."""
-        return self._norm
-
-    def was_step_applied(self) -> bool:
-        """Return whether the last update changed the parameters."""
-        return self.global_steps > 0 and not self._trained().skipped
-
-    def get_batch_info(self) -> tuple[int, int, int]:
-        """Return the sizes of a step, of a micro-batch, and how many micro-batches make a step."""
-        return self.config.batch.train, self.config.batch.micro, self.config.batch.accumulation
 
     # ---- parameters, whole
 
@@ -349,25 +270,6 @@ class DeepSpeedEngine(nn.Module):
     save_checkpoint = saving.save_checkpoint
     load_checkpoint = saving.load_checkpoint
     save_16bit_model = saving.save_16bit_model
-
-
-class ZeroGrad:
-    """`zero_grad` of a trained module, or of a caller's optimizer: the engine's, for theirs would find no gradients.
-
-    A copy of the module has its own again.
-    """
-
-    def __init__(self, engine: DeepSpeedEngine) -> None:
-        self.engine, self.module = weakref.ref(engine), weakref.ref(engine.module)
-
-    def __call__(self, set_to_none: bool = True) -> None:
-        """Drop the engine's gradients."""
-        engine = self.engine()
-        if engine is not None and engine.core is not None:
-            engine.zero_grad()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return partial(nn.Module.zero_grad, memo[id(self.module())])
 
 
 def _cast(value: Any) -> Any:

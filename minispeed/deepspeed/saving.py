@@ -10,7 +10,7 @@ The layout may be another when it is loaded; DeepSpeed wants the same number of 
 https://deepspeed.readthedocs.io/en/latest/model-checkpointing.html
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from minispeed.collective.numbers import barrier
 from minispeed.deepspeed.logging import print_rank_0
 from minispeed.errors import UserError
 from minispeed.layout import Interval
+from minispeed.placement import WHOLE, Slice
 from minispeed.scaler import LossScaler
 
 if TYPE_CHECKING:
@@ -69,11 +70,12 @@ def save_checkpoint(
         "num_updates": core.num_updates,
         **{name: getattr(self, name) for name in COUNTS},
     }
-    pieces = [*core.pieces(), *_buffers(self)]
+    is_first = core.group.rank == 0
+    pieces = [*core.pieces(), *(_whole(f"buffers/{n}", self.module.get_buffer(n), is_first) for n in _buffers(self))]
     if exclude_frozen_parameters:
         frozen = {f"parameters/{name}" for name, p in self.module.named_parameters() if not p.requires_grad}
         pieces = [piece for piece in pieces if piece.name not in frozen]
-    pieces += [_whole(f"state/{name}", x) for name, x in tensors.items()]
+    pieces += [_whole(f"state/{name}", x, is_first) for name, x in tensors.items()]
     save(Path(save_dir) / tag, pieces, state, core.group)
     if save_latest and core.group.rank == 0:
         write_whole(Path(save_dir) / LATEST, lambda path: path.write_text(tag + "\n"))
@@ -179,7 +181,7 @@ def _validate(engine: "DeepSpeedEngine", tag: str) -> None:
 def _check_all_known(engine: "DeepSpeedEngine", stored: Checkpoint) -> None:
     """Raise UserError if the checkpoint holds a parameter or buffer that the module has not, or lacks a buffer."""
     here = {f"parameters/{name}" for name, _ in engine.module.named_parameters()}
-    buffers = {f"buffers/{name}" for name in _stored_buffers(engine)}
+    buffers = {f"buffers/{name}" for name in _buffers(engine)}
     there = {name for name in stored.shapes if name.startswith(("parameters/", "buffers/"))}
     for name in sorted(there - here - buffers):
         raise UserError(f"the checkpoint holds {name}, which the module has not", fix="load_module_strict=False")
@@ -196,16 +198,12 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any])
         raise UserError(what, fix="load_optimizer_states=False")
 
 
-def _whole(name: str, x: Tensor) -> Piece:
-    return Piece(name, tuple(x.shape), Interval(0, x.numel()), x, is_copy=True)
+def _whole(name: str, x: Tensor, is_first: bool) -> Piece:
+    """Return a tensor that all ranks have, to be written by the first."""
+    return Piece(name, tuple(x.shape), Interval(0, x.numel()), x, is_copy=not is_first)
 
 
-def _buffers(engine: "DeepSpeedEngine") -> Iterator[Piece]:
-    for name in _stored_buffers(engine):
-        yield _whole(f"buffers/{name}", engine.module.get_buffer(name))
-
-
-def _stored_buffers(engine: "DeepSpeedEngine") -> list[str]:
+def _buffers(engine: "DeepSpeedEngine") -> list[str]:
     """Return the names of the buffers that a state dict of the module would hold."""
     owners = engine.module.named_modules()
     passing = {f"{where}.{name}".lstrip(".") for where, module in owners for name in module._non_persistent_buffers_set}
@@ -213,7 +211,7 @@ def _stored_buffers(engine: "DeepSpeedEngine") -> list[str]:
 
 
 def _put_buffers(engine: "DeepSpeedEngine", stored: Checkpoint) -> None:
-    for name in _stored_buffers(engine):
+    for name in _buffers(engine):
         found, buffer = stored.tensor(f"buffers/{name}"), engine.module.get_buffer(name)
         if found is not None and found.shape != buffer.shape:
             what = f"buffer {name} has the shape {tuple(found.shape)} in the checkpoint, {tuple(buffer.shape)} here"
@@ -229,9 +227,9 @@ class _Lenient:
         self.shapes, self._stored = stored.shapes, stored
         self._now = {} if strict else {p.name: p.tensor.clone() for p in engine._trained().pieces()}
 
-    def read(self, name: str, elements: Interval) -> Tensor | None:
+    def read(self, name: str, elements: Interval, part: Slice = WHOLE) -> Tensor | None:
         """Return what the checkpoint has, else what there was."""
-        found = self._stored.read(name, elements)
+        found = self._stored.read(name, elements, part)
         return self._now.get(name) if found is None else found
 
 

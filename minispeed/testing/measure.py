@@ -8,6 +8,7 @@ from minispeed.checkpoint import Piece
 from minispeed.engine import Engine
 from minispeed.layout import Interval
 from minispeed.ledger import Held
+from minispeed.placement import WHOLE, Slice
 
 
 def measure_held(engine: Engine, step: Callable[[], object]) -> Held:
@@ -53,9 +54,9 @@ class InMemory:
     """Pieces of a run, copied: what `Engine.load` reads from when no disk is wanted."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
-        self._parts = {(p.name, p.elements): p.tensor.detach().flatten().clone() for p in pieces}
+        self._parts = {(p.name, p.elements, p.part): p.tensor.detach().flatten().clone() for p in pieces}
         self.shapes = {p.name: p.shape for p in pieces}
 
-    def read(self, name: str, elements: Interval) -> Tensor | None:
+    def read(self, name: str, elements: Interval, part: Slice = WHOLE) -> Tensor | None:
         """Return what was copied under that name."""
-        return self._parts.get((name, elements))
+        return self._parts.get((name, elements, part))

@@ -14,6 +14,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import _world
+
 from minispeed.collective.supervise import Post, Rank, results, start, stop, tell
 from minispeed.collective.world import World, inside
 
@@ -81,5 +84,10 @@ def _serve(post: Post, pipe: Connection) -> None:
 
 
 def _run(module: str, name: str, args: tuple[Any, ...], world: World) -> Any:
-    with inside(world):
-        return getattr(importlib.import_module(module), name)(world, *args)
+    known = set(_world.pg_map)
+    try:
+        with inside(world):
+            return getattr(importlib.import_module(module), name)(world, *args)
+    finally:
+        for group in set(_world.pg_map) - known:  # ranks that took no part have as many groups again
+            dist.destroy_process_group(group)

@@ -164,7 +164,7 @@ def GatheredParameters(  # noqa: N802 DeepSpeed's name
     """Make parameters whole on every rank inside this; every rank enters it, with the same ones.
 
     modifier_rank  whose changes count, for all ranks; None: they are only looked at
-    Raises         UserError if a parameter was changed in place and no modifier_rank given
+    Raises         UserError if a parameter was changed, in place or by `p.data = value`, and no modifier_rank given
     """
     given = [parameters] if isinstance(parameters, Tensor) else [p for p in parameters if p is not None]
     owners = {id(owner): owner for p in given if (owner := owner_of(p)) is not None} if enabled else {}
@@ -172,16 +172,22 @@ def GatheredParameters(  # noqa: N802 DeepSpeed's name
     for owner in owners.values():
         owner.unshard()
         owner.pins += 1
-    versions = [p._version for p in given]
+    looked_at = given if owners else []
+    before = _states(looked_at)
     try:
         yield
         if modifier_rank is not None:
             for owner in owners.values():
                 owner.take(modifier_rank)
-        elif owners and versions != [p._version for p in given]:
+        elif before != _states(looked_at):
             raise UserError("a parameter was changed, and no rank's change counts", fix="modifier_rank=0")
     finally:
         for owner in owners.values():
             owner.pins -= 1
         for owner in released:
             owner.let_go()
+
+
+def _states(parameters: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Return what tells a change: one in place counts the version up, `p.data = value` moves the address."""
+    return [(p._version, p.data_ptr()) for p in parameters]

@@ -8,14 +8,14 @@ are all there is, and the stage only decides when they are called (`table.py`):
     unshard   my shard -> everyone's -> the whole buffer      reshard   free all but my shard
     reduce    my gradients -> their sum -> my shard of it     publish   my masters -> my shard, rounded
 
-At stage 0 the "shard" is the whole buffer, and reduce an all-reduce: the same lines with a layout of one part.
+The third is in `gradients.py`, with all that becomes of gradients before it; the other three are here. At stage 0 the
+"shard" is the whole buffer, and reduce an all-reduce: the same lines with a layout of one part.
 
 ZeRO, Rajbhandari et al. 2020, section 5.  https://arxiv.org/abs/1910.02054
 Letters: N ranks, S elements of a shard, P = N S elements of the padded buffer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,36 +24,18 @@ from torch import Tensor, nn
 
 from minispeed.collective.group import Group, Work
 from minispeed.errors import UserError
-from minispeed.layout import FlatLayout, Interval
+from minispeed.layout import Interval
 from minispeed.zero.absent import classes, owner_of, plainly
+from minispeed.zero.gradients import DataParallelUnit, Dtypes
 from minispeed.zero.rooms import Rooms
 from minispeed.zero.table import TABLE
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dtypes:
-    """What a unit keeps and sends its elements in.
-
-    compute   parameters, and the gradients that autograd makes
-    master    what the optimizer adds to
-    collect   gradients of one rank, added up until they are reduced
-    reduce    gradients on their way to the sum over ranks
-    gradient  my shard of that sum, over micro-batches
-    """
-
-    compute: torch.dtype
-    master: torch.dtype
-    collect: torch.dtype
-    reduce: torch.dtype
-    gradient: torch.dtype
-
-
-class ShardedUnit:
-    """The parameters of one module; `masters` are what the optimizer updates.
+class ShardedUnit(DataParallelUnit):
+    """The parameters of one module, which are whole only when they are used; `masters` are what the optimizer updates.
 
     stage       its column of the table
     layout      where each parameter lies, in the order of its groups
-    gradient    my shard of the summed gradient, (S,), gradient dtype; None before the first reduce of a step
     masters     for each parameter group that reaches into my shard, a view of it, fp32 (fp64 for fp64)
     moved       bytes that went from or to the place where offloaded states live
     """
@@ -81,45 +63,36 @@ class ShardedUnit:
         on_read     called when somebody reads a released parameter: unshards the unit, or returns False to refuse
         Holds       P (or, at stage 3, S) in compute dtype, S masters where their dtype or place is another
         """
-        self.parameters = {name: p for of_group in parameters for name, p in of_group.items()}
-        for p in self.parameters.values():
+        by_name = {name: p for of_group in parameters for name, p in of_group.items()}
+        for p in by_name.values():
             if (owner := owner_of(p)) is not None:  # it was born in pieces
                 owner.unshard()
-        self.group, self.stage, self.dtypes, self.predivide = group, stage, dtypes, predivide
-        self.whole = stage == 0  # every rank updates everything
-        self.trainable = any(p.requires_grad for p in self.parameters.values())
+        super().__init__(by_name, group, stage=stage, dtypes=dtypes, rooms=rooms or Rooms(), predivide=predivide)
+        self.trainable = any(p.requires_grad for p in by_name.values())
         self.part = 0 if self.whole else group.rank
-        self.layout = FlatLayout.of(self.parameters, 1 if self.whole else group.size)
         self.moved = 0
-        device = next(iter(self.parameters.values())).device
-        exact = torch.empty(self.layout.size, dtype=dtypes.master, device=device)
+        exact = torch.empty(self.layout.size, dtype=dtypes.master, device=self.device)
         self.layout.flatten(self.parameters, out=exact)
         self.flat = exact.to(dtypes.compute)  # the same tensor where the dtypes agree
         self._storage = self.flat.untyped_storage()
         mine = self.layout.shard(self.flat, self.part)
         self.has_shard_away = stage == 3 and shard_on is not None
         self.has_states_away = self.trainable and states_on is not None
-        self.shard = mine.to(shard_on or device, copy=True) if stage == 3 else mine
+        self.shard = mine.to(shard_on or self.device, copy=True) if stage == 3 else mine
         if not self.trainable or (dtypes.compute == dtypes.master and not self.has_states_away):
             self.master = self.shard
         else:
-            self.master = self.layout.shard(exact, self.part).to(states_on or device, copy=True)
+            self.master = self.layout.shard(exact, self.part).to(states_on or self.device, copy=True)
         self.windows = self._windows(parameters) if self.trainable else []
         shapes = self.layout.shapes
         self.masters = tuple(
             nn.Parameter(self.master[slice(*window)].view(shapes[name] if self.whole else -1))
             for _, window, name in self.windows
         )
-        self.full: Tensor | None = None  # gradients of all parameters, not yet summed over ranks
-        self.gradient: Tensor | None = None
         self.is_released = False
         self.pins = 0  # who wants the parameters whole for a while
         self.on_new_storage: Callable[[Any, Any], None] = lambda old, new: None
         self._gathering: Work | None = None
-        # the call, the room of the gradients, what is sent, my part of the sum
-        self._reducing: tuple[Work, Tensor, Tensor, Tensor] | None = None
-        self._rooms = rooms or Rooms()
-        self._room: Tensor | None = None
         named = {id(p): (name, self.layout.shapes[name]) for name, p in self.parameters.items()}
         self._present, self._absent = classes(self, named, partial(self._read, on_read))
         self._point_into_buffer()
@@ -150,12 +123,6 @@ class ShardedUnit:
             self.reshard()
         elif verb == "reduce" and self.trainable:
             self.reduce()
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether any parameter has a gradient that is not collected yet."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return any(p.grad is not None for p in self.parameters.values())
 
     @property
     def num_elements(self) -> int:
@@ -207,32 +174,6 @@ class ShardedUnit:
             self.flat = self.flat.new_empty(0)
         self.is_released = True
 
-    def lend(self) -> None:
-        """Let autograd add gradients that stay right into the buffer of collected ones, where it is of their dtype.
-
-        Writes  p.grad of each parameter, a view of `full`; zeros before the first micro-batch
-        """
-        self.absorb()
-        if self.stage >= 2 or self.dtypes.collect != self.dtypes.compute:
-            return  # they are gone when the backward is over, or of another dtype
-        with plainly():
-            if self.full is None:
-                self.full = self._take_room().zero_()
-            for p, view in zip(self.parameters.values(), self.layout.views(self.full).values()):
-                if p.requires_grad and p.grad is None:
-                    p.grad = view
-
-    def _take_room(self) -> Tensor:
-        """Return memory for all gradients: my own where they stay until the last micro-batch, else the model's."""
-        size, dtype, device = self.layout.size, self.dtypes.collect, self.flat.device
-        if self.stage >= 2:
-            return self._rooms.take(size, dtype, device)
-        if self.gradient is not None or self._reducing is not None:  # the sum may lie in my own room
-            return torch.empty(size, dtype=dtype, device=device)
-        if self._room is None:
-            self._room = torch.empty(size, dtype=dtype, device=device)
-        return self._room
-
     def let_go(self) -> None:
         """Release the parameters after somebody has looked at them, leaving the memory to the views that he kept.
 
@@ -245,72 +186,10 @@ class ShardedUnit:
         self.reshard()
         self.on_new_storage(old, self._storage)
 
-    def collect(self) -> None:
-        """Move p.grad of every parameter into one buffer, adding; None counts as zero.
-
-        Reads   p.grad, (shape of p), compute dtype; afterwards None
-        Writes  full, (P,), collect dtype
-        Raises  UserError if a gradient has another shape than its parameter
-        """
-        with plainly():
-            fresh = self.full is None
-            if self.full is None:
-                self.full = self._take_room()
-                self.full[self.layout.total :].zero_()
-            views, gradients = [], []
-            for (name, p), view in zip(self.parameters.items(), self.layout.views(self.full).values()):
-                if p.grad is None:
-                    view.zero_() if fresh else None
-                    continue
-                if p.grad.is_sparse:
-                    p.grad = p.grad.to_dense()
-                if p.grad.shape != view.shape:
-                    what = f"the gradient of {name} is {tuple(p.grad.shape)}, the parameter {tuple(view.shape)}"
-                    raise UserError(what, fix="a gradient of the parameter's shape")
-                if p.grad.data_ptr() != view.data_ptr():  # else it was lent, and is there already
-                    views.append(view)
-                    gradients.append(p.grad)
-                p.grad = None
-            if views:
-                (torch._foreach_copy_ if fresh else torch._foreach_add_)(views, gradients)
-
-    def reduce(self) -> None:
-        """Start to sum the collected gradients over the group; `settle` keeps my shard and frees the rest.
-
-        Reads  full, (P,); None counts as zeros. Additive: call it again
-        Sends  S (N - 1) elements per rank (reduce-scatter); at stage 0 an all-reduce
-
-        ZeRO, Rajbhandari et al. 2020, section 5.2.
-        """
-        self.settle()
-        self.collect()
-        assert self.full is not None
-        with plainly():
-            sent = self.full.to(self.dtypes.reduce)
-            if self.predivide != 1.0:
-                sent.div_(self.predivide)
-            room, self.full = self.full, None
-            if self.whole:
-                self._reducing = self.group.all_reduce(sent), room, sent, sent
-            else:
-                mine = sent.new_empty(self.layout.shard_size)
-                self._reducing = self.group.reduce_scatter(mine, sent), room, sent, mine
-
-    def settle(self) -> None:
-        """Wait for the sum that `reduce` started, and add my shard of it up.
-
-        Writes  gradient += my part of the sum, (S,), gradient dtype
-        """
-        if self._reducing is None:
-            return
-        work, room, _, mine = self._reducing
-        work.wait()
-        self._reducing = None
-        with plainly():
-            wide = mine.to(self.dtypes.gradient)
-            self.gradient = wide if self.gradient is None else self.gradient.add_(wide)
-        if self.stage >= 2:
-            self._rooms.give(room)
+    def lend(self) -> None:
+        """Take over what was put in the parameters' places, then lend them room for their gradients."""
+        self.absorb()
+        super().lend()
 
     def give_gradients(self, factor: float) -> None:
         """Set the masters' gradients: views of my shard times `factor`, in the masters' dtype, where they live."""
@@ -323,14 +202,6 @@ class ShardedUnit:
         for (_, window, _), master in zip(self.windows, self.masters):
             master.grad = wide[slice(*window)].view_as(master)
         self.gradient = None
-
-    def forget(self) -> None:
-        """Drop the gradients, summed or not."""
-        self.settle()
-        self.gradient = self.full = None
-        with plainly():
-            for p in self.parameters.values():
-                p.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:

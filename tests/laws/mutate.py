@@ -20,8 +20,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 LATTICE = "tests/laws/test_lattice.py"
 ENGINE, CLIP, NUMBERS = "minispeed/engine.py", "minispeed/clip.py", "minispeed/collective/numbers.py"
-UNIT, SHARDED, REDUCTION = "minispeed/zero/unit.py", "minispeed/zero/sharded.py", "minispeed/zero/reduction.py"
+UNIT, GRADIENTS = "minispeed/zero/unit.py", "minispeed/zero/gradients.py"
+SHARDED, REDUCTION = "minispeed/zero/sharded.py", "minispeed/zero/reduction.py"
 TABLE, LEDGER = "minispeed/zero/table.py", "tests/test_ledger.py"
+PARTS, LAYOUTS = "minispeed/parts.py", "tests/laws/test_layouts.py"
 SNAPSHOT, CALLS, CALLING = "minispeed/snapshot.py", "minispeed/deepspeed/engine.py", "tests/test_deepspeed_engine.py"
 
 
@@ -46,23 +48,38 @@ MUTATIONS = [
     Mutation(
         "count supervised tokens of this rank alone",
         ENGINE,
-        "num_supervised, num_tokens = sums_of(self.group, counts).tolist()",
+        "num_supervised, num_tokens = sums_of(self.lines.dp, counts).tolist()",
         "num_supervised, num_tokens = counts",
         LATTICE,
     ),
     Mutation(
         "norm of my shard in place of all",
         CLIP,
-        "squares = squares if sharded.stage == 0 else sums_of(sharded.group, [squares]).item()",
-        "pass",
+        "return math.sqrt(sums_of(holders, [squares]).item()), is_finite",
+        "return math.sqrt(squares), is_finite",
         LATTICE,
     ),
     Mutation(
         "count the norm N times at stage 0",
         CLIP,
-        "squares = squares if sharded.stage == 0 else sums_of(sharded.group, [squares]).item()",
-        "squares = sums_of(sharded.group, [squares]).item()",
+        "holders = lines.model if parts[0].sharded.stage == 0 else lines.world",
+        "holders = lines.world",
         LATTICE,
+    ),
+    Mutation("count what all ranks of tp hold in each one's norm", PARTS, "if all(counts):", "if True:", LAYOUTS),
+    Mutation(
+        "write a slice as if it were the whole",
+        SNAPSHOT,
+        "tensor, _is_copy(part, unit, name), of.part)",
+        "tensor, _is_copy(part, unit, name))",
+        LAYOUTS,
+    ),
+    Mutation(
+        "sum losses over the ranks of a replica too",
+        ENGINE,
+        "loss=sums_of(self.lines.dp, [total]).item()",
+        "loss=sums_of(self.group, [total]).item()",
+        LAYOUTS,
     ),
     Mutation("clip when the norm is small", CLIP, "norm > most", "norm < most", LATTICE),
     Mutation(
@@ -75,7 +92,7 @@ MUTATIONS = [
     Mutation(
         "overflow is each rank's own affair",
         CLIP,
-        "is_finite = not any_of(sharded.group, bad)",
+        "is_finite = not any_of(lines.world, bad)",
         "is_finite = not bad",
         "tests/test_scaler.py",
     ),
@@ -95,31 +112,31 @@ MUTATIONS = [
     ),
     Mutation(
         "sum gradients twice",
-        UNIT,
+        GRADIENTS,
         "wide = mine.to(self.dtypes.gradient)",
         "wide = (mine * 2).to(self.dtypes.gradient)",
         LATTICE,
     ),
     Mutation(
         "keep the gradients that were reduced, and reduce them again",
-        UNIT,
+        GRADIENTS,
         "room, self.full = self.full, None",
         "room = self.full",
         LATTICE,
     ),
     Mutation(
         "replace a unit's gradient where it should add",
-        UNIT,
+        GRADIENTS,
         "(torch._foreach_copy_ if fresh else torch._foreach_add_)",
         "torch._foreach_copy_",
         LATTICE,
     ),
     Mutation(
-        "an absent gradient leaves what the memory held", UNIT, "view.zero_() if fresh else None", "None", LATTICE
+        "an absent gradient leaves what the memory held", GRADIENTS, "view.zero_() if fresh else None", "None", LATTICE
     ),
     Mutation(
         "all-reduce the largest in place of the sum",
-        UNIT,
+        GRADIENTS,
         "self.group.all_reduce(sent), room",
         'self.group.all_reduce(sent, "max"), room',
         LATTICE,
@@ -299,7 +316,7 @@ MUTATIONS = [
     ),
     Mutation(
         "zero_grad leaves what was added up",
-        "minispeed/zero/unit.py",
+        GRADIENTS,
         "self.gradient = self.full = None",
         "pass",
         CALLING,

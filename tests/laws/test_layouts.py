@@ -1,0 +1,203 @@
+"""The law of the project, whole: however ranks share a GPT and its rows, it is the same training run.
+
+Against a plain loop on one device, in float64: every step's loss, norm and number of tokens, and all parameters after
+three steps of SGD (whose first step is the gradient) or AdamW, read back from the checkpoint that the layout writes.
+"""
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import given, settings, strategies as st
+
+from minispeed.checkpoint import Checkpoint, save
+from minispeed.collective.group import Group
+from minispeed.collective.threads import run_threads
+from minispeed.collective.world import World
+from minispeed.engine import Engine, MicroBatch, Report
+from minispeed.model.config import GPTConfig
+from minispeed.model.gpt import GPT
+from minispeed.model.loss import IGNORED
+from minispeed.model.recompute import recompute
+from minispeed.optim import SGD, AdamW, decay_groups
+from minispeed.parts import Layout
+from minispeed.precision import Precision
+from minispeed.schedules import constant
+from minispeed.testing.pool import shared_pool
+
+STEPS, TOKENS = 3, 8
+LR = 1e-3
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda groups: AdamW(groups, lr=LR, betas=(0.9, 0.99)),
+    "sgd": lambda groups: SGD(groups, lr=LR),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn layout of one drawn model and its rows."""
+
+    config: GPTConfig
+    layout: Layout
+    dp: int
+    stage: int
+    micro: int
+    optimizer: str
+    clip: float
+    recompute: str
+    share: float
+    packed: bool
+    empty: bool
+    seed: int
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.layout.ranks
+
+
+@st.composite
+def cases(draw: st.DrawFn, most: int = 8) -> Case:
+    tp = draw(st.sampled_from([size for size in (1, 2, 3, 4) if size <= most]))
+    dp = draw(st.integers(1, most // tp))
+    return Case(
+        config=draw(configs(tp)),
+        layout=Layout(tp=tp, tokens=tp in (2, 4) and draw(st.booleans())),
+        dp=dp,
+        stage=draw(st.integers(0, 3)),
+        micro=draw(st.integers(1, 3)),
+        optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
+        clip=draw(st.sampled_from([0.0, 0.01, 1.0])),
+        recompute=draw(st.sampled_from(["none", "all", "2", "attention"])),
+        share=draw(st.floats(0, 1)),
+        packed=draw(st.booleans()),
+        empty=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@st.composite
+def configs(draw: st.DrawFn, heads: int) -> GPTConfig:
+    """Draw a GPT of a few hundred parameters whose heads divide by `heads`, and whose vocabulary need not."""
+    kv = heads * draw(st.integers(1, 2))
+    return GPTConfig(
+        vocab_size=draw(st.integers(2, 23)),
+        max_positions=TOKENS,
+        num_layers=draw(st.integers(1, 4)),
+        model_dim=draw(st.sampled_from([3, 8])),
+        num_heads=kv * draw(st.integers(1, 2)),
+        num_kv_heads=kv,
+        head_dim=2,
+        hidden_dim=heads * draw(st.integers(1, 3)),
+        norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
+        positions=draw(st.sampled_from(["rotary", "learned"])),
+        mlp=draw(st.sampled_from(["swiglu", "gelu"])),
+        qkv_bias=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        tied=draw(st.booleans()),
+        attention=draw(st.sampled_from(["fused", "tiled", "reference"])),
+    )
+
+
+def rows(case: Case, step: int) -> MicroBatch:
+    """Draw the rows of a step: one per replica and micro-batch, learnt from unevenly, the first perhaps not at all."""
+    generator = torch.Generator().manual_seed(case.seed + step)
+    shape = (case.dp * case.micro, TOKENS)
+    tokens, labels = (torch.randint(0, case.config.vocab_size, shape, generator=generator) for _ in range(2))
+    labels[torch.rand(shape, generator=generator) >= case.share] = IGNORED
+    if case.empty:
+        labels[0] = IGNORED
+    cuts = torch.rand(shape, generator=generator) < (0.4 if case.packed else 0.0)
+    documents = cuts.cumsum(1)
+    places = torch.arange(TOKENS).expand(shape)
+    begins = torch.where(cuts, places, 0).cummax(1).values
+    return MicroBatch(tokens, labels, places - begins, documents, torch.zeros_like(tokens))
+
+
+def plain(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """Train as anybody would on one device; return losses and norms, and the parameters."""
+    model = GPT(case.config, seed=case.seed).to(torch.float64)
+    groups = decay_groups(model, 0.1)
+    made = [{"params": [model.get_parameter(n) for n in g["names"]], "weight_decay": g["weight_decay"]} for g in groups]
+    optimizer = OPTIMIZERS[case.optimizer](made)
+    found = []
+    for step in range(STEPS):
+        batch = rows(case, step)
+        optimizer.zero_grad()
+        losses = model(batch.tokens, batch.labels, positions=batch.positions, documents=batch.documents)
+        loss = losses.sum() / max(1, batch.num_supervised)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+        for gradient in gradients:
+            gradient *= case.clip / norm if case.clip and norm > case.clip else 1.0
+        optimizer.step()
+        found.append((loss.item(), norm))
+    return found, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def cut(case: Case, group: Group, folder: Path) -> list[Report]:
+    """Train as one rank of the layout, and leave a checkpoint in the folder."""
+    model = GPT(case.config, seed=case.seed).to(torch.float64)
+    recompute(model, case.recompute)
+    engine = Engine(
+        model,
+        group,
+        layout=case.layout,
+        precision=Precision(torch.float64),
+        schedule=constant,
+        lr=LR,
+        zero=case.stage,
+        weight_decay=0.1,
+        clip=case.clip,
+        optimizer=OPTIMIZERS[case.optimizer],
+    )
+    replica, reports = engine.lines.dp.rank, []
+    for step in range(STEPS):
+        mine = [field.view(case.micro, case.dp, 1, TOKENS)[:, replica] for field in rows(case, step)]
+        reports.append(engine.train_step([MicroBatch(*(part[micro] for part in mine)) for micro in range(case.micro)]))
+    save(folder / "c", engine.pieces(), {}, group)
+    return reports
+
+
+def cut_in(world: World, case: Case, folder: Path) -> list[Report]:
+    return cut(case, world.group, folder)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a - b).abs().max().item() <= 1e-10 * max(1.0, b.abs().max().item())
+
+
+def check(case: Case, *, processes: bool = False) -> None:
+    expected, parameters = plain(case)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if processes:
+            ran = shared_pool().run(cut_in, case, folder, ranks=case.ranks)
+        else:
+            ran = run_threads(lambda group: cut(case, group, folder), case.ranks)
+        stored = Checkpoint(folder / "c")
+        for name, tensor in parameters.items():
+            found = stored.tensor(f"parameters/{name}")
+            assert found is not None and found.shape == tensor.shape, name
+            assert close(found, tensor), f"{name} differs by {(found - tensor).abs().max():.2e}"
+    for reports in ran:
+        assert reports == ran[0]
+        for report, numbers in zip(reports, expected, strict=True):
+            got = (report.loss, report.norm)
+            assert close(*(torch.tensor(pair, dtype=torch.float64) for pair in (got, numbers))), (got, numbers)
+
+
+@given(cases())
+@settings(print_blob=True)
+def test_every_cut_is_the_same_training_run(case):
+    check(case)
+
+
+@given(cases(most=4))
+@settings(max_examples=8, print_blob=True)
+def test_processes_over_gloo_too(case):
+    check(case, processes=True)
