@@ -41,6 +41,7 @@ COMMANDS = {
         "eval": "score a trained model on held-out conversations",
         "chat": "talk to a trained model",
         "explain": "say what a DeepSpeed configuration comes to, and what it costs",
+        "timeline": "draw what each rank did when: of a run's trace, or of a simulated pipeline",
         "doctor": "say what a bug report needs to know of this machine",
     }.items()
 }

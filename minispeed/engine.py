@@ -10,9 +10,11 @@ Masters and half-precision parameters: Micikevicius et al. 2017, section 3.1 (ht
 Clipping by the global norm: Pascanu et al. 2013, section 3.2 (https://arxiv.org/abs/1211.5063).
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,43 +24,20 @@ from minispeed.clip import clip_factor, norm_of, too_small
 from minispeed.collective.agree import agree
 from minispeed.collective.group import Group, SoloGroup
 from minispeed.collective.numbers import everyones, sums_of
+from minispeed.cut import cut_model
 from minispeed.errors import UserError
-from minispeed.model.loss import IGNORED
 from minispeed.optim import AdamW, check_elementwise, decay_groups
-from minispeed.parts import Layout, Lines, Part, cut_model
+from minispeed.parts import Layout, Lines, Part
 from minispeed.precision import Precision
+from minispeed.runner import MicroBatch, Observe, Runner, ignore
 from minispeed.scaler import LossScaler
 from minispeed.schedules import Schedule, constant, set_rates
 from minispeed.snapshot import Source, pieces_of, put_back
 from minispeed.tensor.plan import Plan
+from minispeed.ties import Ties
 from minispeed.zero.absent import owner_of
 from minispeed.zero.sharded import Offload, ShardedModel
 from minispeed.zero.unit import Dtypes
-
-
-class MicroBatch(NamedTuple):
-    """Rows of tokens, everything attached before any cut. All (B, T) int64.
-
-    labels     the token that should follow, -100 where nothing is learnt
-    positions  place of each token in its document
-    documents  which document of the row it belongs to, -1 for padding
-    tasks      which task its loss is counted under
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor
-    documents: Tensor
-    tasks: Tensor
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """Return the same rows on another device."""
-        return MicroBatch(*(field.to(device, non_blocking=device.type == "cuda") for field in self))
-
-    @property
-    def num_supervised(self) -> int:
-        """How many tokens of these rows are learnt from."""
-        return int((self.labels != IGNORED).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +137,7 @@ class Engine:
             self.group.broadcast(tensor.detach(), 0).wait()  # who has an owner was born with equal values
         groups = [dict(of) for of in param_groups or decay_groups(model, weight_decay)]
         self.names = [name for name, _ in model.named_parameters()]
-        logical = cut_model(model, layout, self.lines, plan)
+        cut = cut_model(model, layout, self.lines, plan)
         accumulate = precision.accumulate or precision.master
         dtypes = Dtypes(
             compute=precision.compute,
@@ -168,27 +147,33 @@ class Engine:
             reduce=precision.reduce or precision.compute,
             gradient=accumulate,
         )
-        sharded = ShardedModel(
-            model,
-            self.lines.shards,
-            stage=zero,
-            dtypes=dtypes,
-            param_groups=[of["names"] for of in groups],
-            units=units,
-            bucket=bucket,
-            overlap=overlap,
-            prefetch=prefetch,
-            persistence=persistence,
-            offload=offload,
-            predivide=predivide,
-        )
-        self.parts = [Part(sharded, logical)]
+        self.parts = []
+        for piece in cut.pieces:
+            sharded = ShardedModel(
+                piece.module,
+                self.lines.shards,
+                stage=zero,
+                dtypes=dtypes,
+                param_groups=[piece.local(of["names"]) for of in groups],
+                units=None if units is None else {where: piece.local(names) for where, names in units.items()},
+                bucket=bucket,
+                overlap=overlap,
+                prefetch=prefetch,
+                persistence=persistence,
+                offload=offload,
+                predivide=predivide,
+                alone=piece.tied,
+            )
+            self.parts.append(Part(piece.stage, piece.run, sharded, piece.logical))
+        self.ties = Ties(self.parts, cut.holders, self.lines.pp)
+        self.runner = Runner(self.parts, layout, self.lines, cut.sequence, self.device)
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(precision.compute)
-        for of, masters in zip(groups, sharded.masters_by_group(len(groups)), strict=True):
+        masters = [part.sharded.masters_by_group(len(groups)) for part in self.parts]
+        for index, of in enumerate(groups):
             del of["names"]
-            of["params"] = masters
+            of["params"] = [master for of_part in masters for master in of_part[index]]
         try:
             self.optimizer = (optimizer or (lambda groups: AdamW(groups, lr=lr, betas=betas)))(groups)
         except ValueError as error:
@@ -205,15 +190,16 @@ class Engine:
     def train_step(
         self,
         micro_batches: Sequence[MicroBatch],
-        observe: Callable[[MicroBatch, Tensor], None] = lambda micro, losses: None,
+        observe: Observe = ignore,
         *,
         watch_small: bool = False,
     ) -> Report:
         """Make one update from all micro-batches of all ranks together. Every rank brings as many.
 
         micro_batches  the same on ranks that share a copy of the model
-        observe      is given each micro-batch of this rank with its losses, (B, T) nats, 0 where not supervised
-        watch_small  count, for the report, the gradients that fp16 could not hold without the loss scale
+        observe        is given each micro-batch, this rank's tokens of it, with their losses, nats, 0 where not
+                       supervised; of ranks that have the same losses, on one
+        watch_small    count, for the report, the gradients that fp16 could not hold without the loss scale
         """
         # 1. count, so that everything after is a plain sum
         counts = [sum(micro.num_supervised for micro in micro_batches)]
@@ -221,14 +207,14 @@ class Engine:
         num_supervised, num_tokens = sums_of(self.lines.dp, counts).tolist()
         # 2. gradients, times the loss scale
         scaler = self.scaler
-        total = self._gradients(micro_batches, num_supervised, observe)
+        total = self.runner.train(micro_batches, scaler.scale / max(1, num_supervised), observe)
         small = too_small(self.parts, self.lines, scaler.scale, self.names) if watch_small else {}
         # 3. one rate, one norm, one step
         rate = set_rates(self.optimizer.param_groups, self.schedule, self.lr, self.step)
         norm = self.update()
         hopeless = self.skipped and scaler.is_at_floor
         return Report(
-            loss=sums_of(self.lines.dp, [total]).item() / max(1, num_supervised),
+            loss=sums_of(self.group, [total]).item() / max(1, num_supervised),
             num_supervised=int(num_supervised),
             num_tokens=int(num_tokens),
             norm=norm,
@@ -252,6 +238,7 @@ class Engine:
         """
         for part in self.parts:
             part.sharded.absorb()
+        self.ties.sum()
         divisor = self.gradient_divisor
         norm, is_finite = norm_of(self.parts, self.lines)
         norm /= divisor
@@ -271,32 +258,19 @@ class Engine:
         self.step += 1
         return norm
 
-    def _gradients(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        num_supervised: float,
-        observe: Callable[[MicroBatch, Tensor], None] = lambda micro, losses: None,
-    ) -> float:
-        """Leave this step's gradients, times the loss scale, in the units; return this rank's summed loss."""
-        total = 0.0
-        for index, micro in enumerate(micro_batches):
-            here = micro.to(self.device)
-            losses = self.model(here.tokens, here.labels, positions=here.positions, documents=here.documents)
-            loss = losses.sum() * (self.scaler.scale / max(1, num_supervised))
-            self.sharded.backward(loss, last=index == len(micro_batches) - 1)
-            observe(here, losses.detach())
-            total += losses.detach().sum().item()
-        return total
-
     def _find_nonfinite(self, micro_batches: Sequence[MicroBatch], num_supervised: float) -> str:
         """Run a skipped step's backward again and say where its first gradient that is not finite came from.
 
         Once ranks have added their gradients up, nobody can tell whose was bad: so each looks at its own before.
         """
         found: list[str] = []
-        with self.sharded.watching(lambda name, grad: None if grad.isfinite().all() else found.append(name)):
-            self._gradients(micro_batches, num_supervised)
-        self.sharded.forget()
+        with contextlib.ExitStack() as stack:
+            for part in self.parts:
+                look = partial(_note_nonfinite, found, part)
+                stack.enter_context(part.sharded.watching(look))
+            self.runner.train(micro_batches, self.scaler.scale / max(1, num_supervised))
+        for part in self.parts:
+            part.sharded.forget()
         names = self.names
         firsts = everyones(self.group, [names.index(found[0]) if found else len(names)]).flatten().tolist()
         bad = [(rank, index) for rank, index in enumerate(firsts) if index < len(names)]
@@ -322,3 +296,9 @@ class Engine:
 
 def _describe(p: nn.Parameter) -> str:
     return f"{tuple(p.shape)} of {p.dtype}, {'trained' if p.requires_grad else 'frozen'}"
+
+
+def _note_nonfinite(found: list[str], part: Part, name: str, gradient: Tensor) -> None:
+    """Write down the name that a parameter of a part has in the whole model, if its gradient is not finite."""
+    if not gradient.isfinite().all():
+        found.append(part.logical[name].name)

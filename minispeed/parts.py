@@ -1,25 +1,28 @@
 """Say how the ranks of a run share its model, and what of it one rank holds.
 
 A `Layout` says how long the axes of the mesh are, and how each cuts. The `Lines` are the groups that a rank then stands
-in. A `Part` is what it holds: one stage of the model in sharded units, with, for each parameter, what it is to the
+in. A `Part` is what it holds of one stage of the model, in sharded units, with, for each parameter, what it is to the
 whole: its name there, which slice, and whether this copy counts. Whoever looks at all of a run's parameters (the norm,
 the checkpoint) walks over parts and asks no more.
+
+The order of the cuts is fixed: width, then rows, then depth, and what is left of each stage is ZeRO's.
 
 The axes: Narayanan et al. 2021, section 3 (https://arxiv.org/abs/2104.04473).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from minispeed.collective.group import Group
-from minispeed.errors import UserError
+from minispeed.errors import UserError, nearest
 from minispeed.mesh import Mesh
-from minispeed.model.gpt import GPT
-from minispeed.placement import WHOLE, Shard, Slice, counts
-from minispeed.tensor.parallel import tensor_parallel
-from minispeed.tensor.plan import Plan, gpt_plan
+from minispeed.pipeline.actions import Program
+from minispeed.pipeline.messages import with_messages
+from minispeed.pipeline.schedule import SCHEDULES, with_reductions
+from minispeed.placement import WHOLE, Slice
+from minispeed.sequence.cut import KINDS
 from minispeed.zero.sharded import ShardedModel
 from minispeed.zero.unit import ShardedUnit
 
@@ -28,41 +31,75 @@ from minispeed.zero.unit import ShardedUnit
 class Layout:
     """How many ranks share what; the ranks that are left over hold replicas, or ZeRO's shards of them (dp).
 
+    pp          ranks that share the model's depth
+    schedule    in which order they compute: "gpipe", "1f1b", "interleaved" or "zb_h1"
+    virtual     stages on each of them
+    sp          ranks that share each row
+    sequence    how they attend beyond their own tokens: "ulysses" or "ring"
     tp          ranks that share each layer's width
     tokens      between the layers that tp cuts, cut by tokens: Megatron's sequence parallelism
     """
 
+    pp: int = 1
+    schedule: str = "1f1b"
+    virtual: int = 1
+    sp: int = 1
+    sequence: str = "ulysses"
     tp: int = 1
     tokens: bool = False
+
+    def __post_init__(self) -> None:
+        for what, name, known in (("schedule", self.schedule, SCHEDULES), ("sequence", self.sequence, KINDS)):
+            if name not in known:
+                raise UserError(f"{what} is {name!r}, not one of {', '.join(known)}", fix=nearest(name, known) or "")
+        if self.pp == 1 and self.virtual > 1:
+            what = f"{self.virtual} stages on each rank of a pipeline of one"
+            raise UserError(what, fix="virtual=1, or pp above 1")
 
     @property
     def ranks(self) -> int:
         """How many ranks together hold one copy of the model."""
-        return self.tp
+        return self.pp * self.sp * self.tp
+
+    @property
+    def stages(self) -> int:
+        """How many stages the model is cut into."""
+        return self.pp * self.virtual
 
     def mesh(self, world: int) -> Mesh:
         """Return the mesh of so many ranks.  Raises UserError if they do not divide"""
         if world % self.ranks:
+            sides = f"pp {self.pp} x sp {self.sp} x tp {self.tp} = {self.ranks}"
             raise UserError(
-                f"tp {self.tp} = {self.ranks} ranks share a model, and the world has {world}",
+                f"{sides} ranks share a model, and the world has {world}",
                 fix=f"{-(-world // self.ranks) * self.ranks} ranks",
             )
-        return Mesh(world=world, tp=self.tp, dp=world // self.ranks)
+        return Mesh(world=world, pp=self.pp, sp=self.sp, tp=self.tp, dp=world // self.ranks)
+
+    def programs(self, micros: int) -> list[Program]:
+        """Return what each rank of a pipeline does in a step of so many micro-batches."""
+        computing = SCHEDULES[self.schedule](self.pp, micros, self.virtual)
+        programs = with_messages(computing)
+        is_split = any(action.kind == "BW" for program in computing for action in program)
+        # a backward in one piece reduces while it runs
+        return with_reductions(programs, each_micro=True) if is_split else programs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lines:
     """The groups that one rank stands in.
 
-    world     all ranks
-    dp, tp    the ranks that differ from this one along that axis alone
-    shards    those that hold other shards of the same parameters: along dp and sp
-    model     those that together hold one copy of the model: along pp and tp
+    world           all ranks
+    pp, dp, sp, tp  the ranks that differ from this one along that axis alone
+    shards          those that hold other shards of the same parameters: along dp and sp
+    model           those that together hold one copy of the parameters: along pp and tp
     """
 
     mesh: Mesh
     world: Group
+    pp: Group
     dp: Group
+    sp: Group
     tp: Group
     shards: Group
     model: Group
@@ -70,14 +107,23 @@ class Lines:
     @classmethod
     def of(cls, mesh: Mesh, world: Group) -> "Lines":
         """Return the groups of this rank; every rank of the world calls this."""
-        axes = {"dp": ("dp",), "tp": ("tp",), "shards": ("dp", "sp"), "model": ("pp", "tp")}
-        groups = {name: world.subgroup(mesh.lines(*along)) for name, along in axes.items()}
-        return cls(mesh=mesh, world=world, **groups)
+        axes: dict[str, tuple[str, ...]] = {axis: (axis,) for axis in mesh.sizes}
+        groups: dict[tuple[tuple[int, ...], ...], Group] = {}
+        for along in ((), *axes.values(), ("dp", "sp"), ("pp", "tp")):
+            lines = tuple(mesh.lines(*along))
+            groups[lines] = groups.get(lines) or world.subgroup(lines)
+        axes |= {"shards": ("dp", "sp"), "model": ("pp", "tp")}
+        return cls(mesh=mesh, world=world, **{name: groups[tuple(mesh.lines(*along))] for name, along in axes.items()})
 
     @property
     def coords(self) -> dict[str, int]:
         """Where this rank stands on each axis."""
         return self.mesh.coords(self.world.rank)
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether this is the rank, of those with equal losses of the same tokens, whose losses count."""
+        return self.pp.rank == self.pp.size - 1 and self.tp.rank == 0
 
 
 @dataclass(frozen=True)
@@ -96,10 +142,18 @@ class Logical:
     counts: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
-    """Parameters that one rank holds, in units; `logical` says by their names here what each is to the whole."""
+    """One stage of the model, as much of it as one rank holds.
 
+    stage    its number
+    run      (what came from the stage before, the micro-batch's tokens and what is attached to them) -> what goes on
+    sharded  its parameters, in units
+    logical  by their names here, what each is to the whole
+    """
+
+    stage: int
+    run: Callable[..., tuple[Tensor, ...]]
     sharded: ShardedModel
     logical: Mapping[str, Logical]
 
@@ -121,29 +175,3 @@ class Part:
             for name, _, place in unit.layout.pieces(unit.part):
                 if self.logical[name].counts:
                     yield gradient[slice(*place)]
-
-
-def cut_model(model: nn.Module, layout: Layout, lines: Lines, plan: Plan | None) -> dict[str, Logical]:
-    """Keep this rank's part of a model that every rank has built whole.
-
-    plan     how tp cuts the leaves; None: the GPT's own
-    Returns  for each parameter that is left, what it is to the whole
-    Raises   UserError as `tensor_parallel`, or if tp is to cut a model that has no plan
-    """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    placement = tensor_parallel(model, _plan(model, layout, plan), lines.tp, sequence_parallel=layout.tokens)
-    found = {}
-    for name in shapes:
-        place = placement[name]
-        part = Slice(place, lines.tp.rank, lines.tp.size) if isinstance(place, Shard) else WHOLE
-        found[name] = Logical(name, shapes[name], part, counts(place, lines.coords, over=("tp",)))
-    return found
-
-
-def _plan(model: nn.Module, layout: Layout, plan: Plan | None) -> Plan:
-    if plan is not None or layout.tp == 1:
-        return plan or {}
-    if not isinstance(model, GPT):
-        what = f"tp={layout.tp} is to cut a {type(model).__name__}, which brings no plan"
-        raise UserError(what, fix="plan={name pattern: Column(), Row(), ...}")
-    return gpt_plan(model.config)

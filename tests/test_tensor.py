@@ -69,7 +69,7 @@ class Own(nn.Module):
             for name, p in self.named_parameters():
                 p.copy_(drawn(seed, name, p.shape, 0.5))
 
-    def forward(self, tokens: Tensor, labels: Tensor, *, positions: Tensor, documents: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor, *, positions: Tensor, **attached: Tensor) -> Tensor:
         x = self.embed(tokens)
         for layer in [*self.layers, *([self.layers[-1]] if self.config.twice else [])]:
             x = layer(x)

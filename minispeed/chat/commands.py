@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minispeed.options import Options, option
+from minispeed.pipeline.schedule import SCHEDULES
 
 MODEL, LEARNING, DATA, RUNNING, WRITING = "Model", "Learning", "Data", "Running", "Writing"
 MEMORY = "Memory and messages"
+SIMULATING = "Simulating a pipeline"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +218,42 @@ class ExplainOptions(Options):
     keys: bool = option(False, help="print every key that a configuration may have (docs/config.md), and stop")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TimelineOptions(Options):
+    """Draw what each rank did when: of the trace files of runs, one above the other, or of a simulated pipeline.
+
+    minispeed timeline --schedule 1f1b --ranks 4 --micros 8 --out 1f1b.svg
+    minispeed timeline run.json simulated.json --out both.svg
+    """
+
+    files: list[Path] = option([], positional=True, help="traces: JSON in the Chrome trace format", metavar="FILE")
+    out: Path | None = option(None, help="picture to write: .svg, .png or .pdf; without one, only a line is printed")
+    same_scale: bool = option(False, help="an inch is the same time in all runs; a simulated unit counts as a second")
+    schedule: str | None = option(None, help="what to simulate", choices=SCHEDULES, group=SIMULATING)
+    ranks: int | None = option(None, help="ranks of the pipeline; 4 when absent", low=1, group=SIMULATING)
+    micros: int | None = option(None, help="micro-batches of a step; 8 when absent", low=1, group=SIMULATING)
+    virtual: int | None = option(None, help="stages on each rank; 1 when absent", low=1, group=SIMULATING)
+    cost_f: list[float] = option(
+        [], help="time of a forward; 1 when absent; one number, or one a stage", low=0, high=1e9, group=SIMULATING
+    )
+    cost_b: list[float] = option([], help="of a backward; 2 when absent; likewise", low=0, high=1e9, group=SIMULATING)
+    cost_bi: list[float] = option(
+        [], help="zb_h1: of the gradients of a stage's input; 1 when absent", low=0, high=1e9, group=SIMULATING
+    )
+    cost_bw: list[float] = option(
+        [], help="zb_h1: of the gradients of its weights; 1 when absent", low=0, high=1e9, group=SIMULATING
+    )
+    cost_send: list[float] = option(
+        [], help="of a message from a stage to the next or the last; 0 when absent", low=0, high=1e9, group=SIMULATING
+    )
+    cost_reduce: list[float] = option(
+        [], help="of summing a stage's gradients over replicas; not done when absent", low=0, high=1e9, group=SIMULATING
+    )
+    trace_out: Path | None = option(
+        None, help="file for the simulated pipeline, in the Chrome trace format", metavar="FILE", group=SIMULATING
+    )
+
+
 def sft(options: SftOptions) -> int:
     from minispeed.chat.sft import sft
 
@@ -289,3 +327,9 @@ def explain(options: ExplainOptions) -> int:
     from minispeed.chat.explain import explain
 
     return explain(options)
+
+
+def timeline(options: TimelineOptions) -> int:
+    from minispeed.chat.timeline import timeline
+
+    return timeline(options)

@@ -169,4 +169,5 @@ def _gathered(x: Tensor, group: Group, dim: int) -> Tensor:
 def _slices(x: Tensor, group: Group, dim: int) -> Tensor:
     """Return the N slices along `dim`, one after another in memory.  (.., N L, ..) -> (N, .., L, ..)"""
     place = Shard("group", dim)
-    return torch.stack([cut(x, place, rank=rank, size=group.size) for rank in range(group.size)])
+    slices = torch.stack([cut(x, place, rank=rank, size=group.size) for rank in range(group.size)])
+    return slices.contiguous()  # stack keeps the slices' order in memory, which may be channels last

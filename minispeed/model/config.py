@@ -8,8 +8,14 @@ from typing import Any, Literal
 
 from minispeed.errors import UserError, nearest
 from minispeed.model.attention import implementation
+from minispeed.model.deep import MASKS, Connections, learned_entries
 
-CHOICES = {"norm": ("rmsnorm", "layernorm"), "positions": ("rotary", "learned"), "mlp": ("swiglu", "gelu")}
+CHOICES = {
+    "norm": ("rmsnorm", "layernorm"),
+    "positions": ("rotary", "learned"),
+    "mlp": ("swiglu", "gelu"),
+    "deep": MASKS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +29,10 @@ class GPTConfig:
     qk_norm         normalise queries and keys per head before their product (Qwen3)
     tied            the head is the token embedding, transposed
     attention       "fused", "tiled" or "reference"
+    deep            which earlier outputs a block reads beside the last one: "none", "x0", "unet" or "dwa"
+    deep_dilation   of dwa: one earlier output in so many is read, the last one among them
+    deep_period     of dwa: they are read after one block in so many
+    deep_tasks      how many sets of weights they have: each token's task chooses its own
     """
 
     vocab_size: int
@@ -43,6 +53,10 @@ class GPTConfig:
     qk_norm: bool = False
     tied: bool = True
     attention: str = "fused"
+    deep: Literal["none", "x0", "unet", "dwa"] = "none"
+    deep_dilation: int = 1
+    deep_period: int = 1
+    deep_tasks: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -64,6 +78,24 @@ class GPTConfig:
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}", fix=known[0])
         implementation(self.attention)
+        self._check_deep()
+
+    @property
+    def connections(self) -> Connections:
+        """Which layer reads which outputs."""
+        steps = dict(dilation=self.deep_dilation, period=self.deep_period)
+        return Connections(self.num_layers, learned_entries(self.deep, self.num_layers, **steps))
+
+    def _check_deep(self) -> None:
+        for name in ("deep_dilation", "deep_period"):
+            if getattr(self, name) > 1 and self.deep != "dwa":
+                raise UserError(f"{name} {getattr(self, name)} is of dwa, and deep is {self.deep!r}", fix="deep='dwa'")
+        if self.deep_tasks > 1 and self.deep == "none":
+            raise UserError(
+                f"deep_tasks {self.deep_tasks} choose among weights that deep 'none' has not", fix="deep='x0'"
+            )
+        if self.deep != "none" and all(i == j for i, j in self.connections.learned):
+            raise UserError(f"deep {self.deep!r} connects nothing in {self.num_layers} blocks", fix="deep='none'")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""

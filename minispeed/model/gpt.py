@@ -2,9 +2,10 @@
 
     embed -> block 0 -> ... -> block L-1 -> norm -> head
 
-Each block adds attention and then an MLP to a stream that runs from the embedding to the head (pre-norm). What the
-families differ in (norm, positions, MLP, biases, grouped heads) is a field of `GPTConfig`, and a part chosen when the
-model is built: no forward asks which family it is.
+Each block adds attention and then an MLP to a stream that runs from the embedding to the head (pre-norm); with deep
+connections (`deep.py`) it reads earlier outputs beside the last. What the families differ in (norm, positions, MLP,
+biases, grouped heads) is a field of `GPTConfig`, and a part chosen when the model is built: no forward asks which
+family it is.
 
 GPT-2: Radford et al. 2019, section 2.3. Llama: Touvron et al. 2023, section 2.2 (https://arxiv.org/abs/2302.13971).
 Rotary positions: Su et al. 2021, section 3.2 (https://arxiv.org/abs/2104.09864). RMSNorm: Zhang & Sennrich 2019
@@ -13,7 +14,7 @@ Rotary positions: Su et al. 2021, section 3.2 (https://arxiv.org/abs/2104.09864)
 Letters: B batch, T tokens, D model, H heads, G key/value heads, K head dim, F hidden, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from minispeed.errors import UserError
 from minispeed.model.attention import implementation
 from minispeed.model.cache import Cache
 from minispeed.model.config import GPTConfig
+from minispeed.model.deep import TOKENS, Deep, Outputs
 from minispeed.model.init import initialise
 from minispeed.model.loss import token_losses
 from minispeed.model.mask import Mask
@@ -38,12 +40,14 @@ class Rows:
     positions  place of each token in its document, (B, T)
     mask       which token may look at which
     turns      cosine and sine of the rotary angles, each (B, 1, T, K/2); None with learned positions
+    tasks      which task each token is of, (B, T); None where the model knows one
     cache      earlier keys and values, when generating
     """
 
     positions: Tensor
     mask: Mask
     turns: tuple[Tensor, Tensor] | None
+    tasks: Tensor | None = None
     cache: Cache | None = None
 
 
@@ -60,7 +64,9 @@ class GPT(nn.Module):
         self.head = Head(config.model_dim, config.vocab_size, bias=False, device="meta")
         if config.tied:
             self.head.weight = self.embed.tokens.weight
-        initialise(self, seed=seed, model_dim=config.model_dim, num_layers=config.num_layers)
+        self.deep = Deep(config.connections, config.deep_tasks)
+        given = {"deep.alpha": self.deep.identity()}
+        initialise(self, seed=seed, model_dim=config.model_dim, num_layers=config.num_layers, given=given)
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield what the forward runs, in order, all but the head: each maps (features, rows) to features."""
@@ -74,7 +80,7 @@ class GPT(nn.Module):
         """G, of the heads that are here: all, unless the weights have been cut."""
         block = self.blocks[0]
         assert isinstance(block, Block)
-        return block.attention.qkv.weight.shape[0] // (block.attention.num_shares + 2) // self.config.head_dim
+        return block.attention.num_kv_heads
 
     def features(
         self,
@@ -82,42 +88,24 @@ class GPT(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        tasks: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Run every layer but the head.
 
         Reads    tokens (B, T) int64; positions (B, T), counted from the row's start when absent; documents (B, T):
-                 tokens look only at tokens of equal document, and padding is a document of its own
+                 tokens look only at tokens of equal document, and padding is a document of its own; tasks (B, T),
+                 where the model has several
         Writes   the keys and values of these tokens to `cache`, when given
         Returns  (B, T, D)
         """
-        x = tokens
-        rows = self.describe(tokens, positions, documents, cache)
-        for name, layer in self.named_layers():
-            again = name in self.recomputed and torch.is_grad_enabled()
-            x = checkpoint(layer, x, rows, use_reentrant=False) if again else layer(x, rows)
+        dtype = self.embed.tokens.weight.dtype
+        rows = describe(self.config, dtype, tokens, positions=positions, documents=documents, tasks=tasks, cache=cache)
+        outputs = Outputs(self.deep.connections, self.deep(rows.tasks), TOKENS, (tokens,))
+        run_layers(self.named_layers(), outputs, rows, recomputed=self.recomputed)
         if cache is not None:
             cache.advance(tokens.shape[1], documents)
-        return x
-
-    def describe(self, tokens: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Cache | None) -> Rows:
-        """Work out once what every layer will ask for: positions, mask, rotary angles."""
-        B, T = tokens.shape
-        past = 0 if cache is None else cache.length
-        if past + T > self.config.max_positions and positions is None:
-            raise UserError(
-                f"a row of {past + T} tokens is longer than the model's max_positions {self.config.max_positions}",
-                fix="shorter rows, or a model with more positions",
-            )
-        if positions is None:
-            positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
-        keys = documents if cache is None or documents is None else cache.all_documents(documents)
-        mask = Mask(T, past + T, offset=past, queries=documents, keys=keys)
-        if self.config.positions == "learned":
-            return Rows(positions, mask, None, cache)
-        cos, sin = rotary_angles(positions, self.config)
-        dtype = self.embed.tokens.weight.dtype
-        return Rows(positions, mask, (cos.to(dtype), sin.to(dtype)), cache)
+        return outputs.read()
 
     def logits(self, tokens: Tensor, **rows: Any) -> Tensor:
         """Return the scores of every next token.  (B, T) -> (B, T, V); `rows` as in `features`"""
@@ -131,6 +119,51 @@ class GPT(nn.Module):
         Returns  (B, T), nats, fp32 or wider
         """
         return self.head.losses(self.features(tokens, **rows), labels)
+
+
+def run_layers(
+    layers: Iterable[tuple[str, nn.Module]], outputs: Outputs, rows: Rows, *, recomputed: frozenset[str]
+) -> None:
+    """Run layers one after another, each on what it reads of the outputs before."""
+    for name, layer in layers:
+        x = outputs.read()
+        again = name in recomputed and torch.is_grad_enabled()
+        outputs.add(checkpoint(layer, x, rows, use_reentrant=False) if again else layer(x, rows))
+
+
+def describe(
+    config: GPTConfig,
+    dtype: torch.dtype,
+    tokens: Tensor,
+    *,
+    positions: Tensor | None,
+    documents: Tensor | None,
+    tasks: Tensor | None,
+    cache: Cache | None,
+) -> Rows:
+    """Work out once what every layer will ask for: positions, mask, rotary angles in `dtype`.
+
+    Raises  UserError if a row is longer than the positions, or the model has several tasks and none is named
+    """
+    B, T = tokens.shape
+    past = 0 if cache is None else cache.length
+    if past + T > config.max_positions and positions is None:
+        raise UserError(
+            f"a row of {past + T} tokens is longer than the model's max_positions {config.max_positions}",
+            fix="shorter rows, or a model with more positions",
+        )
+    if config.deep_tasks > 1 and tasks is None:
+        what = f"the model has weights for each of {config.deep_tasks} tasks, and the tokens came without"
+        raise UserError(what, fix=f"tasks=..., ({B}, {T}), each from 0 to {config.deep_tasks - 1}")
+    if positions is None:
+        positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
+    keys = documents if cache is None or documents is None else cache.all_documents(documents)
+    mask = Mask(T, past + T, offset=past, queries=documents, keys=keys)
+    turns = None
+    if config.positions == "rotary":
+        cos, sin = rotary_angles(positions, config)
+        turns = cos.to(dtype), sin.to(dtype)
+    return Rows(positions, mask, turns, tasks if config.deep_tasks > 1 else None, cache)
 
 
 class Head(nn.Linear):
@@ -184,6 +217,11 @@ class Attention(nn.Module):
         self.query_norm = make_norm(config, K) if config.qk_norm else None
         self.key_norm = make_norm(config, K) if config.qk_norm else None
         self.core = implementation(config.attention)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G, of the heads that are here: all, unless the weights have been cut."""
+        return self.qkv.weight.shape[0] // (self.num_shares + 2) // self.head_dim
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         fused = self.qkv(x)

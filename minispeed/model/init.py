@@ -9,7 +9,7 @@ in GPT-2 (Radford et al. 2019, section 2.3).
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,23 @@ def draw(seed: int, name: str, shape: Iterable[int], std: float) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std
 
 
-def initialise(model: nn.Module, *, seed: int, model_dim: int, num_layers: int) -> None:
+def initialise(
+    model: nn.Module, *, seed: int, model_dim: int, num_layers: int, given: Mapping[str, Tensor] | None = None
+) -> None:
     """Make every parameter of a model that was built on the meta device, one after the other, by its name's last parts.
 
-    Biases start at 0, gains of norms at 1, matrices at sqrt(2 / 5D), those named `out` or `down` smaller. A parameter
-    with several homes (a tied head) is made once.
+    Biases start at 0, gains of norms at 1, matrices at sqrt(2 / 5D), those named `out` or `down` smaller; those in
+    `given` at the values there. A parameter with several homes (a tied head) is made once.
     """
+    given = given or {}
     std = math.sqrt(2 / (5 * model_dim))
     made: dict[nn.Parameter, nn.Parameter] = {}
     for name, p in list(model.named_parameters(remove_duplicate=False)):
         home, _, kind = name.rpartition(".")
         if p not in made:
             shrink = math.sqrt(2 * num_layers) if home.endswith((".out", ".down")) else 1.0
-            made[p] = nn.Parameter(_first_value(seed, name, p.shape, std / shrink))
+            values = given[name] if name in given else _first_value(seed, name, p.shape, std / shrink)
+            made[p] = nn.Parameter(values)
         setattr(model.get_submodule(home), kind, made[p])
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch.utils.checkpoint
 
 from minispeed.errors import UserError
-from minispeed.model.attention import implementation
 from minispeed.model.gpt import GPT, Attention
 
 EVERY = {"none": 0, "attention": 0, "all": 1}  # blocks from one that is recomputed to the next; 0: none is
@@ -40,7 +39,9 @@ def recompute(model: GPT, what: str) -> None:
     if what not in EVERY and every < 1:
         raise UserError(f"cannot recompute {what!r}", fix="none, all, attention, or a number: every so many blocks")
     model.recomputed = frozenset(f"blocks.{index}" for index in range(len(model.blocks)) if every and not index % every)
-    core = implementation(model.config.attention)
     for module in model.modules():
         if isinstance(module, Attention):
+            core: Any = module.core
+            if isinstance(core, partial) and core.func is checkpoint:
+                (core,) = core.args
             module.core = partial(checkpoint, core) if what == "attention" else core

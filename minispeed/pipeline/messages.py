@@ -43,14 +43,20 @@ SENT_BY: dict[What, Kind] = {"activations": "SEND_F", "gradients": "SEND_B"}
 def with_messages(programs: Sequence[Program], cost: Callable[[Action], Time] = Cost()) -> list[Program]:
     """Return the programs with a SEND and a RECV for each value that a stage on another rank needs.
 
-    Messages that stand side by side are one exchange (`actions.calls`). From one rank to another they stand in the
-    same order on both. `cost` decides between clocks: it must be the same on all ranks.
+    Messages that stand side by side are one exchange (`actions.calls`). Those between two ranks, both ways, stand in
+    the same order on both, and sent one by one they are no deadlock either. `cost` decides between clocks: it must be
+    the same on all ranks.
 
     Raises  UserError unless every stage runs every micro-batch once (`check_complete`), in an order that can be run
     """
     check_complete(programs)
     plans = [_insert(programs, _slots(programs, clock)) for clock in (TOGETHER, IN_TURN)]
     return min(plans, key=lambda plan: simulate(plan, cost).length)
+
+
+def forward_only(programs: Sequence[Program]) -> list[Program]:
+    """Return what the programs do forward, messages included: to evaluate."""
+    return [[action for action in program if action.kind in ("F", "SEND_F", "RECV_F")] for program in programs]
 
 
 def _slots(programs: Sequence[Program], clock: Clock) -> dict[Action, int]:
@@ -76,12 +82,12 @@ def _slots(programs: Sequence[Program], clock: Clock) -> dict[Action, int]:
 def _insert(programs: Sequence[Program], slots: dict[Action, int]) -> list[Program]:
     """Put each message on both of its ranks, before the slot of the action that needs it."""
     ranks, stages = len(programs), num_stages(programs)
-    timed = [[(slots[action], True, action) for action in program] for program in programs]
+    timed = [[(slots[action], True, action, action) for action in program] for program in programs]
     for action, slot in slots.items():
         for send in _sends(action, ranks, stages):
             for message in (send, partner(send)):
-                timed[rank_of(message.stage, ranks)].append((slot, False, message))
-    return [[action for _, _, action in sorted(program)] for program in timed]
+                timed[rank_of(message.stage, ranks)].append((slot, False, send, message))
+    return [[action for *_, action in sorted(program)] for program in timed]
 
 
 def _sends(action: Action, ranks: int, stages: int) -> list[Action]:

@@ -59,7 +59,8 @@ def simulate(programs: Sequence[Program], cost: Callable[[Action], Time]) -> Tim
         ready.extend(run.advance(ready.popleft()))
     if run.waiting:
         raise run.deadlock()
-    return Timeline(len(programs), sorted(run.events, key=lambda event: event.rank))
+    place = {action: index for program in programs for index, action in enumerate(program)}
+    return Timeline(len(programs), sorted(run.events, key=lambda event: (event.rank, place[event.action])))
 
 
 @dataclass(eq=False)

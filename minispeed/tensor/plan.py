@@ -184,6 +184,8 @@ def gpt_plan(config: GPTConfig) -> dict[str, Rule]:
         plan["blocks.*.mlp.gate"] = Column()
     if config.qk_norm:
         plan["blocks.*.attention.*_norm"] = Replica(on="heads")
+    if config.deep != "none":
+        plan["deep"] = Replica(takes="whole" if config.deep_tasks > 1 else "stream")  # tasks are of all tokens
     return plan
 
 

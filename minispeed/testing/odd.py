@@ -52,7 +52,7 @@ class OddModel(nn.Module):
             for name, p in self.named_parameters():
                 p.copy_(draw(seed, name, p.shape, 0.5))
 
-    def forward(self, tokens: Tensor, labels: Tensor, *, positions: Tensor, documents: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor, *, positions: Tensor, **attached: Tensor) -> Tensor:
         x = self.embed(tokens)
         x = x + positions[..., None].to(x.dtype) * 0.1
         for layer in [*self.layers, *([self.layers[-1]] if self.config.twice else [])]:

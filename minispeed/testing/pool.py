@@ -9,13 +9,13 @@ import atexit
 import functools
 import importlib
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from torch import distributed as dist
-from torch.distributed.distributed_c10d import _world
+from torch.distributed import distributed_c10d
 
 from minispeed.collective.supervise import Post, Rank, results, start, stop, tell
 from minispeed.collective.world import World, inside
@@ -71,6 +71,7 @@ def shared_pool() -> GlooPool:
 
 def _serve(post: Post, pipe: Connection) -> None:
     """Be one process of the pool: run tasks until the pipe ends."""
+    _count_groups_by_members()
     whole = post.join()
     cuts = {size: [list(range(size)), list(range(size, post.size))] for size in range(1, post.size + 1)}
     groups = {size: whole.subgroup([line for line in cut if line]) for size, cut in cuts.items()}
@@ -84,10 +85,20 @@ def _serve(post: Post, pipe: Connection) -> None:
 
 
 def _run(module: str, name: str, args: tuple[Any, ...], world: World) -> Any:
-    known = set(_world.pg_map)
-    try:
-        with inside(world):
-            return getattr(importlib.import_module(module), name)(world, *args)
-    finally:
-        for group in set(_world.pg_map) - known:  # ranks that took no part have as many groups again
-            dist.destroy_process_group(group)
+    with inside(world):
+        return getattr(importlib.import_module(module), name)(world, *args)
+
+
+def _count_groups_by_members() -> None:
+    """Let torch number the groups that the same ranks make by themselves.
+
+    It numbers all groups of a process, and ranks that take no part in a task make fewer: their names would no longer
+    be those of the others.
+    """
+    made: Counter[tuple[int, ...]] = Counter()
+
+    def name_of(ranks: list[int]) -> str:
+        made[tuple(ranks)] += 1
+        return f"ranks {ranks}, number {made[tuple(ranks)]}"
+
+    distributed_c10d._hash_ranks_to_str = name_of

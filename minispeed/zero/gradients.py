@@ -96,6 +96,16 @@ class DataParallelUnit:
                 if p.requires_grad and p.grad is None:
                     p.grad = view
 
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add to what is collected for one parameter, which may be released meanwhile.
+
+        Writes  full, (P,), collect dtype
+        """
+        with plainly():
+            if self.full is None:
+                self.full = self._take_room().zero_()
+            self.layout.views(self.full)[name].add_(gradient)
+
     def collect(self) -> None:
         """Move p.grad of every parameter into one buffer, adding; None counts as zero.
 

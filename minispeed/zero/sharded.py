@@ -12,7 +12,7 @@ ZeRO, Rajbhandari et al. 2020, section 5.2.  https://arxiv.org/abs/1910.02054
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,6 +64,7 @@ class ShardedModel:
         persistence: int = 0,
         offload: Offload = Offload(),
         predivide: float = 1.0,
+        alone: Collection[str] = (),
     ) -> None:
         """Take over the module's parameters.
 
@@ -77,6 +78,7 @@ class ShardedModel:
         prefetch      stage 3: elements of the next units that are gathered while one computes
         persistence   stage 3: a unit of fewer elements stays whole, as at stage 2
         predivide     what gradients are divided by on their way to the sum
+        alone         names of parameters that are a unit each, whatever the division
         Raises        UserError if nothing is trainable, or a name is in no unit, or in two
         """
         self.module, self.group, self.stage = module, group, check_stage(stage)
@@ -95,6 +97,8 @@ class ShardedModel:
         check_names(list(division.values()), list(parameters), "unit")
         if bucket is not None and stage < 3:
             division = buckets_of({name: p.numel() for name, p in parameters.items()}, bucket)
+        division = {where: [name for name in names if name not in alone] for where, names in division.items()}
+        division |= {f"{name} alone": [name] for name in alone}
         self.units: list[ShardedUnit] = []
         self._hooks: list[Any] = []  # handles, to take them off again
         self.rooms = Rooms()
@@ -264,6 +268,26 @@ class ShardedModel:
         self.reduction.is_last = last
         with self._reducing(), self._saving():
             loss.backward(**options)
+
+    def backward_from(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
+        """Run the backward of one micro-batch from what the module returned, given the gradients of that."""
+        self.reduction.is_last = last
+        with self._reducing(), self._saving():
+            torch.autograd.backward(tensors, gradients)
+
+    def backward_unreduced(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """The same, but leave the gradients where autograd puts them, until `reduce_now`."""
+        self._in_backward = True
+        try:
+            with self._saving():
+                torch.autograd.backward(tensors, gradients)
+        finally:
+            self._stop()
+
+    def add_gradient(self, p: nn.Parameter, gradient: Tensor) -> None:
+        """Add to a parameter's gradient without a backward; the parameter need not be there."""
+        unit = self._owner[id(p)]
+        unit.add(next(name for name, own in unit.parameters.items() if own is p), gradient)
 
     def reduce_now(self) -> None:
         """Reduce the gradients that are there, without a backward: somebody has set them, or they have waited."""

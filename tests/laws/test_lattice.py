@@ -247,7 +247,7 @@ class Moody(nn.Module):
             for name, p in self.named_parameters():
                 p.copy_(drawn(7, name, p.shape, 0.5))
 
-    def forward(self, tokens, labels, *, positions, documents):
+    def forward(self, tokens, labels, **attached):
         x = self.embed(tokens)
         for index in ((), (0,), (1, 2), (2, 1), (0, 2, 1))[int(tokens[0, 0])]:
             x = x + torch.tanh(self.layers[index](x))

@@ -6,7 +6,8 @@ three steps of SGD (whose first step is the gradient) or AdamW, read back from t
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from minispeed.collective.group import Group
 from minispeed.collective.threads import run_threads
 from minispeed.collective.world import World
 from minispeed.engine import Engine, MicroBatch, Report
+from minispeed.model.chunk import layer_costs
 from minispeed.model.config import GPTConfig
 from minispeed.model.gpt import GPT
 from minispeed.model.loss import IGNORED
 from minispeed.model.recompute import recompute
 from minispeed.optim import SGD, AdamW, decay_groups
 from minispeed.parts import Layout
+from minispeed.pipeline.partition import partition
 from minispeed.precision import Precision
 from minispeed.schedules import constant
 from minispeed.testing.pool import shared_pool
@@ -60,14 +63,17 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, most: int = 8) -> Case:
-    tp = draw(st.sampled_from([size for size in (1, 2, 3, 4) if size <= most]))
-    dp = draw(st.integers(1, most // tp))
+    layout = draw(layouts(most))
+    config = draw(configs(layout))
+    bounds = partition(layer_costs(GPT(config)), layout.stages)
+    if any(begin == end - 1 and begin in (0, config.num_layers + 1) for begin, end in pairwise(bounds)):
+        layout = replace(layout, schedule={"zb_h1": "1f1b"}.get(layout.schedule, layout.schedule))  # nothing to split
     return Case(
-        config=draw(configs(tp)),
-        layout=Layout(tp=tp, tokens=tp in (2, 4) and draw(st.booleans())),
-        dp=dp,
+        config=config,
+        layout=layout,
+        dp=draw(st.integers(1, most // layout.ranks)),
         stage=draw(st.integers(0, 3)),
-        micro=draw(st.integers(1, 3)),
+        micro=draw(st.integers(1, 3)) * (layout.pp if layout.schedule == "interleaved" else 1),
         optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
         clip=draw(st.sampled_from([0.0, 0.01, 1.0])),
         recompute=draw(st.sampled_from(["none", "all", "2", "attention"])),
@@ -79,18 +85,33 @@ def cases(draw: st.DrawFn, most: int = 8) -> Case:
 
 
 @st.composite
-def configs(draw: st.DrawFn, heads: int) -> GPTConfig:
-    """Draw a GPT of a few hundred parameters whose heads divide by `heads`, and whose vocabulary need not."""
+def layouts(draw: st.DrawFn, most: int) -> Layout:
+    """Draw axes whose product is at most `most`, and how each cuts; the axes come in any order of size."""
+    left, sizes = most, {}
+    for axis in draw(st.permutations(["pp", "sp", "tp"])):
+        sizes[axis] = draw(st.sampled_from([size for size in (1, 2, 3, 4) if size <= left]))
+        left //= sizes[axis]
+    schedule = draw(st.sampled_from(["gpipe", "1f1b", "interleaved", "zb_h1"]))
+    virtual = draw(st.integers(1, 2)) if schedule in ("gpipe", "interleaved") and sizes["pp"] > 1 else 1
+    sequence = draw(st.sampled_from(["ulysses", "ring"]))
+    tokens = sizes["tp"] in (2, 4) and sizes["sp"] in (1, 2) and draw(st.booleans())
+    return Layout(**sizes, schedule=schedule, virtual=virtual, sequence=sequence, tokens=tokens)
+
+
+@st.composite
+def configs(draw: st.DrawFn, layout: Layout) -> GPTConfig:
+    """Draw a GPT of a few hundred parameters that the layout can cut; its vocabulary need not divide."""
+    heads = layout.tp * (layout.sp if layout.sequence == "ulysses" else 1)
     kv = heads * draw(st.integers(1, 2))
     return GPTConfig(
         vocab_size=draw(st.integers(2, 23)),
         max_positions=TOKENS,
-        num_layers=draw(st.integers(1, 4)),
+        num_layers=draw(st.integers(max(1, layout.stages - 2), max(4, layout.stages))),
         model_dim=draw(st.sampled_from([3, 8])),
         num_heads=kv * draw(st.integers(1, 2)),
         num_kv_heads=kv,
         head_dim=2,
-        hidden_dim=heads * draw(st.integers(1, 3)),
+        hidden_dim=layout.tp * draw(st.integers(1, 3)),
         norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
         positions=draw(st.sampled_from(["rotary", "learned"])),
         mlp=draw(st.sampled_from(["swiglu", "gelu"])),

@@ -1,0 +1,133 @@
+"""Cut a model as a layout says: width, rows, depth; and keep of it what this rank holds.
+
+Every rank builds the whole model, with the values that every other has too, and cuts it alike: so a cut model is by
+construction a cut of the whole one. What comes out is a list of pieces, one for each pipeline stage on this rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from minispeed.collective.group import Group
+from minispeed.collective.numbers import everyones
+from minispeed.errors import UserError
+from minispeed.model.chunk import Chunk, layer_costs
+from minispeed.model.gpt import GPT
+from minispeed.parts import Layout, Lines, Logical
+from minispeed.pipeline.partition import partition
+from minispeed.placement import WHOLE, Shard, Slice, counts
+from minispeed.sequence.cut import SequenceCut, cut_sequence
+from minispeed.tensor.parallel import tensor_parallel
+from minispeed.tensor.plan import Plan, gpt_plan
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One stage of a cut model on this rank, before anybody shards it.
+
+    run      (what came from the stage before, tokens, labels, positions=, ...) -> what goes on
+    logical  by the names of the module's parameters, what each is to the whole model
+    tied     the names of those that other stages have copies of
+    """
+
+    stage: int
+    module: nn.Module
+    run: Callable[..., tuple[Tensor, ...]]
+    logical: dict[str, Logical]
+    tied: list[str]
+
+    def local(self, names: Sequence[str]) -> list[str]:
+        """Return the names here of those parameters of the whole model that are here, in the order given."""
+        found: dict[str, str] = {of.name: local for local, of in self.logical.items()}
+        return [found[name] for name in names if name in found]
+
+
+@dataclass(frozen=True, eq=False)
+class CutModel:
+    """What this rank holds.
+
+    sequence  how rows are shared out, None where they are whole
+    holders   by its name in the whole model, the ranks of the pipeline that hold a tied parameter
+    """
+
+    pieces: list[Piece]
+    sequence: SequenceCut | None
+    holders: dict[str, list[int]]
+
+
+def cut_model(model: nn.Module, layout: Layout, lines: Lines, plan: Plan | None = None) -> CutModel:
+    """Keep this rank's part of a model that every rank has built whole, with equal values.
+
+    plan    how tp cuts the leaves; None: the GPT's own
+    Writes  the model: its leaves are replaced, and what other ranks hold is freed
+    Raises  UserError as `tensor_parallel`, `cut_sequence` and `partition`, or if the model cannot be cut so
+    """
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    costs = layer_costs(model) if isinstance(model, GPT) else []
+    placement = tensor_parallel(model, _plan(model, layout, plan), lines.tp, sequence_parallel=layout.tokens)
+    sequence = cut_sequence(model, layout.sequence, lines.sp) if layout.sp > 1 else None
+
+    def logical(name: str, *, is_copy: bool) -> Logical:
+        place = placement[name]
+        part = Slice(place, lines.tp.rank, lines.tp.size) if isinstance(place, Shard) else WHOLE
+        return Logical(name, shapes[name], part, not is_copy and counts(place, lines.coords, over=("tp",)))
+
+    if layout.pp == 1:
+        names = {name: logical(name, is_copy=False) for name in shapes}
+        return CutModel([Piece(0, model, _without_bundle(model), names, [])], sequence, {})
+    if not isinstance(model, GPT):
+        what = f"pp={layout.pp} is to cut a {type(model).__name__}, of which only its author knows the layers"
+        raise UserError(what, fix="a minispeed.model.gpt.GPT, or pp=1")
+    bounds = partition(costs, layout.stages)
+    mine = range(lines.pp.rank, layout.stages, layout.pp)
+    chunks = {stage: Chunk(model, bounds[stage], bounds[stage + 1]) for stage in mine}
+    holders = _holders([name for chunk in chunks.values() for name in _names(chunk).values()], list(shapes), lines.pp)
+    pieces = []
+    for stage, chunk in chunks.items():
+        names = {local: logical(name, is_copy=local in chunk.tied) for local, name in _names(chunk).items()}
+        pieces.append(Piece(stage, chunk, chunk, names, [local for local, of in names.items() if of.name in holders]))
+    _free(model, list(chunks.values()))
+    return CutModel(pieces, sequence, holders)
+
+
+def _names(chunk: Chunk) -> dict[str, str]:
+    """Return the whole model's name of each parameter of a chunk."""
+    return {local: chunk.tied.get(local, local) for local, _ in chunk.named_parameters()}
+
+
+def _holders(mine: Sequence[str], names: Sequence[str], group: Group) -> dict[str, list[int]]:
+    """Return the ranks that hold each parameter of which there are several copies.
+
+    mine  the whole model's name of each parameter here, as often as it is here
+    """
+    held = everyones(group, [mine.count(name) for name in names])  # (ranks, names)
+    tied = [index for index, number in enumerate(held.sum(0).tolist()) if number > 1]
+    return {names[index]: held[:, index].nonzero().flatten().tolist() for index in tied}
+
+
+def _plan(model: nn.Module, layout: Layout, plan: Plan | None) -> Plan:
+    if plan is not None or layout.tp == 1:
+        return plan or {}
+    if not isinstance(model, GPT):
+        what = f"tp={layout.tp} is to cut a {type(model).__name__}, which brings no plan"
+        raise UserError(what, fix="plan={name pattern: Column(), Row(), ...}")
+    return gpt_plan(model.config)
+
+
+def _without_bundle(model: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a model as a stage that is first and last."""
+
+    def run(inputs: tuple[Tensor, ...], *rows: Tensor, **attached: Any) -> tuple[Tensor, ...]:
+        return (model(*rows, **attached),)
+
+    return run
+
+
+def _free(model: nn.Module, kept: Sequence[nn.Module]) -> None:
+    """Let go of the memory of parameters that other ranks hold."""
+    here = {p for module in kept for p in module.parameters()}
+    for p in model.parameters():
+        if p not in here:
+            p.data = p.data.new_empty(0)

@@ -1,0 +1,143 @@
+"""Run micro-batches through the parts of a model, wherever they lie.
+
+One stage on one rank or many on many: the ranks of a pipeline follow the programs of a schedule, and a pipeline of one
+is one of those. Rows are shared out before, by tokens, where several ranks share a row.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minispeed.model.loss import IGNORED
+from minispeed.parts import Layout, Lines, Part
+from minispeed.pipeline.actions import Program
+from minispeed.pipeline.bundle import Bundle
+from minispeed.pipeline.execute import execute
+from minispeed.pipeline.messages import forward_only
+from minispeed.pipeline.stage import Stage
+from minispeed.pipeline.timeline import Timeline
+from minispeed.sequence.cut import SequenceCut
+from minispeed.zero.sharded import ShardedModel
+
+
+class MicroBatch(NamedTuple):
+    """Rows of tokens, everything attached before any cut. All (B, T) int64.
+
+    labels     the token that should follow, -100 where nothing is learnt
+    positions  place of each token in its document
+    documents  which document of the row it belongs to, -1 for padding
+    tasks      which task its loss is counted under
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    documents: Tensor
+    tasks: Tensor
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the same rows on another device."""
+        return MicroBatch(*(field.to(device, non_blocking=device.type == "cuda") for field in self))
+
+    @property
+    def num_supervised(self) -> int:
+        """How many tokens of these rows are learnt from."""
+        return int((self.labels != IGNORED).sum())
+
+
+PADDING = {"tokens": 0, "labels": IGNORED, "positions": 0, "documents": -1, "tasks": 0}
+Observe = Callable[[MicroBatch, Tensor], None]
+
+
+def ignore(micro: MicroBatch, losses: Tensor) -> None:
+    """Observe nothing."""
+
+
+class Runner:
+    """The parts that this rank holds, and how micro-batches come to them."""
+
+    def __init__(
+        self, parts: Sequence[Part], layout: Layout, lines: Lines, sequence: SequenceCut | None, device: torch.device
+    ) -> None:
+        self.parts, self.layout, self.lines, self.sequence, self.device = parts, layout, lines, sequence, device
+        self.timeline: Timeline | None = None  # of the last run, this rank's events
+        self._programs: dict[int, list[Program]] = {}
+
+    def train(self, micro_batches: Sequence[MicroBatch], weight: float, observe: Observe = ignore) -> float:
+        """Leave the gradients of the summed losses, times `weight`, in the parts' units.
+
+        observe  is given each micro-batch, this rank's tokens of it, with its losses, nats: where they count
+        Returns  the sum of those losses
+        """
+        return self._run(micro_batches, weight, self._program(len(micro_batches)), observe)
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch], observe: Observe) -> None:
+        """Run forward alone; `observe` as in `train`."""
+        self._run(micro_batches, 1.0, forward_only(self._program(len(micro_batches))), observe)
+
+    def _program(self, micros: int) -> list[Program]:
+        if micros not in self._programs:
+            self._programs[micros] = self.layout.programs(micros)
+        return self._programs[micros]
+
+    def _run(
+        self, micro_batches: Sequence[MicroBatch], weight: float, programs: Sequence[Program], observe: Observe
+    ) -> float:
+        here = [self._share(micro.to(self.device)) for micro in micro_batches]
+        total = 0.0
+
+        def note(micro: int, outputs: Bundle) -> None:
+            nonlocal total
+            if self.lines.has_losses:
+                total += outputs[0].sum().item()
+                observe(here[micro], outputs[0])
+
+        stages = {
+            part.stage: Stage(
+                run=partial(_run_part, part, here),
+                loss=lambda outputs, micro: outputs[0].sum() * weight,
+                backward=Reducing(part.sharded, len(here)),
+            )
+            for part in self.parts
+        }
+        self.timeline = execute(programs, stages, self.lines.pp, observe=note, device=self.device)
+        return total
+
+    def _share(self, micro: MicroBatch) -> MicroBatch:
+        """Return this rank's tokens of the rows."""
+        if self.sequence is None:
+            return micro
+        return MicroBatch(*(self.sequence.share(x, fill=PADDING[name]) for name, x in micro._asdict().items()))
+
+
+def _run_part(part: Part, micro_batches: Sequence[MicroBatch], inputs: Bundle, micro: int) -> Bundle:
+    tokens, labels, positions, documents, tasks = micro_batches[micro]
+    return part.run(inputs, tokens, labels, positions=positions, documents=documents, tasks=tasks)
+
+
+class Reducing:
+    """How the gradients of a sharded part are made: those that are not put off are reduced while the backward runs."""
+
+    def __init__(self, sharded: ShardedModel, micros: int) -> None:
+        self.sharded, self.last = sharded, micros - 1
+
+    def whole(self, tensors: Bundle, gradients: Bundle, micro: int) -> None:
+        """Run the backward of a micro-batch, and reduce what the table wants reduced."""
+        self.sharded.backward_from(tensors, gradients, last=micro == self.last)
+
+    def inputs(self, tensors: Bundle, gradients: Bundle, micro: int) -> None:
+        """Run it, and reduce nothing yet."""
+        self.sharded.backward_unreduced(tensors, gradients)
+
+    def weights(self, gradients: Iterable[tuple[nn.Parameter, Tensor]], micro: int) -> None:
+        """Add what was put off."""
+        for p, gradient in gradients:
+            self.sharded.add_gradient(p, gradient)
+
+    def reduce(self, micro: int) -> None:
+        """Reduce what the table wants reduced."""
+        self.sharded.reduction.is_last = micro == self.last
+        self.sharded.reduce_now()
