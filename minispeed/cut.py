@@ -4,9 +4,9 @@ Every rank builds the whole model, with the values that every other has too, and
 construction a cut of the whole one. What comes out is a list of pieces, one for each pipeline stage on this rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -21,6 +21,43 @@ from minispeed.placement import WHOLE, Shard, Slice, counts
 from minispeed.sequence.cut import SequenceCut, cut_sequence
 from minispeed.tensor.parallel import tensor_parallel
 from minispeed.tensor.plan import Plan, gpt_plan
+
+
+class Link(NamedTuple):
+    """Neighbouring layers of a chain.
+
+    module  (what came from the link before, tokens, labels, ...) -> what goes on, a tuple of tensors
+    names   by the name in it, what the model calls each of its parameters
+    copies  the names in it of those that are another link's too, which counts them
+    """
+
+    module: nn.Module
+    names: Mapping[str, str]
+    copies: Collection[str]
+
+
+class Chain(Protocol):
+    """A model as layers one after the other, which may be cut between any two of them."""
+
+    @property
+    def costs(self) -> Sequence[int]:
+        """Return what each layer costs, in any unit: of stages the dearest is to be as cheap as can be."""
+
+    def link(self, first: int, last: int) -> Link:
+        """Return layers first .. last - 1, which may share modules with the model."""
+
+
+class GPTChain:
+    """A GPT's embedding, blocks, and norm with head."""
+
+    def __init__(self, model: GPT) -> None:
+        """Count the parameters, before anything is cut."""
+        self.model, self.costs = model, layer_costs(model)
+
+    def link(self, first: int, last: int) -> Link:
+        """Return a chunk, of the model as it is now."""
+        chunk = Chunk(self.model, first, last)
+        return Link(chunk, {name: chunk.tied.get(name, name) for name, _ in chunk.named_parameters()}, chunk.tied)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +94,18 @@ class CutModel:
     holders: dict[str, list[int]]
 
 
-def cut_model(model: nn.Module, layout: Layout, lines: Lines, plan: Plan | None = None) -> CutModel:
+def cut_model(
+    model: nn.Module, layout: Layout, lines: Lines, plan: Plan | None = None, chain: Chain | None = None
+) -> CutModel:
     """Keep this rank's part of a model that every rank has built whole, with equal values.
 
     plan    how tp cuts the leaves; None: the GPT's own
+    chain   what pp cuts, be it into one stage; None: the GPT's layers, or nothing where there is one stage
     Writes  the model: its leaves are replaced, and what other ranks hold is freed
     Raises  UserError as `tensor_parallel`, `cut_sequence` and `partition`, or if the model cannot be cut so
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    costs = layer_costs(model) if isinstance(model, GPT) else []
+    chain = chain or _chain(model, layout)
     placement = tensor_parallel(model, _plan(model, layout, plan), lines.tp, sequence_parallel=layout.tokens)
     sequence = cut_sequence(model, layout.sequence, lines.sp) if layout.sp > 1 else None
 
@@ -74,27 +114,30 @@ def cut_model(model: nn.Module, layout: Layout, lines: Lines, plan: Plan | None 
         part = Slice(place, lines.tp.rank, lines.tp.size) if isinstance(place, Shard) else WHOLE
         return Logical(name, shapes[name], part, not is_copy and counts(place, lines.coords, over=("tp",)))
 
-    if layout.pp == 1:
+    if chain is None:
         names = {name: logical(name, is_copy=False) for name in shapes}
         return CutModel([Piece(0, model, _without_bundle(model), names, [])], sequence, {})
-    if not isinstance(model, GPT):
-        what = f"pp={layout.pp} is to cut a {type(model).__name__}, of which only its author knows the layers"
-        raise UserError(what, fix="a minispeed.model.gpt.GPT, or pp=1")
-    bounds = partition(costs, layout.stages)
+    bounds = partition(chain.costs, layout.stages)
     mine = range(lines.pp.rank, layout.stages, layout.pp)
-    chunks = {stage: Chunk(model, bounds[stage], bounds[stage + 1]) for stage in mine}
-    holders = _holders([name for chunk in chunks.values() for name in _names(chunk).values()], list(shapes), lines.pp)
+    links = {stage: chain.link(bounds[stage], bounds[stage + 1]) for stage in mine}
+    holders = _holders([name for link in links.values() for name in link.names.values()], list(shapes), lines.pp)
     pieces = []
-    for stage, chunk in chunks.items():
-        names = {local: logical(name, is_copy=local in chunk.tied) for local, name in _names(chunk).items()}
-        pieces.append(Piece(stage, chunk, chunk, names, [local for local, of in names.items() if of.name in holders]))
-    _free(model, list(chunks.values()))
+    for stage, link in links.items():
+        names = {local: logical(name, is_copy=local in link.copies) for local, name in link.names.items()}
+        tied = [local for local, of in names.items() if of.name in holders]
+        pieces.append(Piece(stage, link.module, link.module, names, tied))
+    _free(model, [link.module for link in links.values()])
     return CutModel(pieces, sequence, holders)
 
 
-def _names(chunk: Chunk) -> dict[str, str]:
-    """Return the whole model's name of each parameter of a chunk."""
-    return {local: chunk.tied.get(local, local) for local, _ in chunk.named_parameters()}
+def _chain(model: nn.Module, layout: Layout) -> Chain | None:
+    """Return the layers of a model that is to be cut by depth and brings no chain; None where it need not be."""
+    if layout.pp == 1:
+        return None
+    if not isinstance(model, GPT):
+        what = f"pp={layout.pp} is to cut a {type(model).__name__}, of which only its author knows the layers"
+        raise UserError(what, fix="a minispeed.model.gpt.GPT, chain=..., or pp=1")
+    return GPTChain(model)
 
 
 def _holders(mine: Sequence[str], names: Sequence[str], group: Group) -> dict[str, list[int]]:

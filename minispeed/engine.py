@@ -24,11 +24,13 @@ from minispeed.clip import clip_factor, norm_of, too_small
 from minispeed.collective.agree import agree
 from minispeed.collective.group import Group, SoloGroup
 from minispeed.collective.numbers import everyones, sums_of
-from minispeed.cut import cut_model
+from minispeed.cut import Chain, cut_model
 from minispeed.errors import UserError
+from minispeed.model.generate import Reader
 from minispeed.optim import AdamW, check_elementwise, decay_groups
 from minispeed.parts import Layout, Lines, Part
 from minispeed.precision import Precision
+from minispeed.reader import reading
 from minispeed.runner import MicroBatch, Observe, Runner, ignore
 from minispeed.scaler import LossScaler
 from minispeed.schedules import Schedule, constant, set_rates
@@ -92,11 +94,12 @@ class Engine:
         predivide: float = 1.0,
         layout: Layout = Layout(),
         plan: Plan | None = None,
+        chain: Chain | None = None,
     ) -> None:
         """Take over the model's parameters; every rank builds the whole model and starts from rank 0's values.
 
         group         all ranks of the run, which share the model as `layout` says
-        plan          how tp cuts the model's leaves; a GPT brings its own
+        plan, chain   how tp cuts the model's leaves, and between which layers pp does; a GPT brings its own
         zero          ZeRO stage
         clip          largest global norm of the gradient; 0 leaves it alone
         optimizer     makes the optimizer of groups {"params", ...}; our AdamW when absent. On a rank that owns nothing
@@ -137,7 +140,7 @@ class Engine:
             self.group.broadcast(tensor.detach(), 0).wait()  # who has an owner was born with equal values
         groups = [dict(of) for of in param_groups or decay_groups(model, weight_decay)]
         self.names = [name for name, _ in model.named_parameters()]
-        cut = cut_model(model, layout, self.lines, plan)
+        cut = cut_model(model, layout, self.lines, plan, chain)
         accumulate = precision.accumulate or precision.master
         dtypes = Dtypes(
             compute=precision.compute,
@@ -279,6 +282,10 @@ class Engine:
             return f"step {step}: finite on every rank, not when summed in {self.precision.name}"
         rank, index = bad[0]
         return f"step {step}: the gradient of {names[index]} on rank {rank} is not finite"
+
+    def reading(self) -> contextlib.AbstractContextManager[Reader]:
+        """Make the model, a GPT, ready to write on every rank; all are given the same prompts, and write the same."""
+        return reading(self.parts, self.layout, self.lines, self.runner.sequence, self.device)
 
     # ---- what a checkpoint holds
 

@@ -151,17 +151,7 @@ def test_each_chunk_generates_with_a_cache_of_its_own(case, prompt):
     model = built(case.config, case.seed)
     tokens, _, rows = batch(case.config, case.seed)
     chunks = chunks_of(model, case.boundaries)
-    caches = [
-        Cache(
-            num_layers=case.config.num_layers,
-            batch=2,
-            num_kv_heads=chunk.num_kv_heads,
-            head_dim=case.config.head_dim,
-            capacity=6,
-            like=model.embed.tokens.weight,
-        )
-        for chunk in chunks
-    ]
+    caches = [Cache(6) for chunk in chunks]
     for part in slice(0, prompt), slice(prompt, 6):
         bundle: tuple[Tensor, ...] = ()
         here = {name: x[:, part] for name, x in rows.items()}

@@ -253,14 +253,7 @@ def test_recomputed_it_is_the_same(config, what, seed):
 def test_features_through_the_cache_are_those_without(config, lengths, seed):
     model = built(config, seed)
     tokens, _, rows = batch(config, seed, sum(lengths))
-    cache = Cache(
-        num_layers=config.num_layers,
-        batch=2,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        capacity=sum(lengths),
-        like=model.embed.tokens.weight,
-    )
+    cache = Cache(sum(lengths))
     pieces = zip(*(x.split(lengths, dim=1) for x in (tokens, *rows.values())), strict=True)
     got = [model.features(piece[0], **dict(zip(rows, piece[1:])), cache=cache) for piece in pieces]
     assert close(torch.cat(got, dim=1), model.features(tokens, **rows))

@@ -12,23 +12,11 @@ from minispeed.model.presets import preset
 from minispeed.testing.models import small_configs
 
 
-def fresh_cache(model: GPT, batch: int, capacity: int) -> Cache:
-    config = model.config
-    return Cache(
-        num_layers=config.num_layers,
-        batch=batch,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        capacity=capacity,
-        like=model.embed.tokens.weight,
-    )
-
-
 @given(small_configs(), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 2**31))
 def test_logits_through_the_cache_are_the_logits_without(config, cuts, seed):
     model = GPT(config, seed=seed).to(torch.float64)
     tokens = torch.randint(0, config.vocab_size, (2, sum(cuts)), generator=torch.Generator().manual_seed(seed))
-    cache = fresh_cache(model, 2, sum(cuts))
+    cache = Cache(sum(cuts))
     pieces = [model.logits(part, cache=cache) for part in tokens.split(cuts, dim=1)]
     whole = model.logits(tokens)
     assert (torch.cat(pieces, dim=1) - whole).abs().max() <= 1e-10 * max(1, whole.abs().max().item())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from minispeed.__main__ import main
 from minispeed.chat import run as run_module
-from minispeed.chat.evaluate import bytes_of_tokens, measure_loss
+from minispeed.chat.evaluate import bytes_of_tokens, evaluate_with, measure_loss
 from minispeed.chat.pack import Packing
 from minispeed.chat.prepare import encode_documents
 from minispeed.chat.prepared import Prepared
@@ -221,7 +221,9 @@ def test_measured_loss_is_the_sum_over_conversations_alone(straight):
     conversations = held_out(straight).eval_conversations()
     documents = encode_documents(conversations, chat.tokenizer, chat.template)
     sizes = bytes_of_tokens(chat)
-    together = measure_loss(chat.model, Packing(documents, seq=64, batch=2), sizes, micro_batch=1)["chats"]
+    together = measure_loss(evaluate_with(chat.model), Packing(documents, seq=64, batch=2), sizes, micro_batch=1)[
+        "chats"
+    ]
     nats = tokens = 0.0
     with torch.no_grad():
         for conversation in conversations:
@@ -299,9 +301,17 @@ def test_several_files_follow_one_flag(chats, tmp_path):
     assert main([*words, "--weights", "1", "2", "--data", str(chats), str(second), "--dry-run"]) == 0
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_two_ranks_are_the_same_run_and_may_be_resumed_alone(stage, straight, chats, tmp_path):
-    assert sft(tmp_path / "two", chats, "--ranks", "2", "--zero", str(stage)) == 0
+LAYOUTS = {
+    "stage 0": ["--ranks", "2"],
+    "stage 3": ["--dp", "2", "--zero", "3"],
+    "rows": ["--sp", "2", "--sequence", "ring"],
+    "depth and width": ["--pp", "2", "--tp", "2", "--pipeline-schedule", "zb_h1", "--micro-batch", "2"],
+}
+
+
+@pytest.mark.parametrize("words", LAYOUTS.values(), ids=LAYOUTS)
+def test_any_layout_is_the_same_run(words, straight, chats, tmp_path):
+    assert sft(tmp_path / "two", chats, *words) == 0
     one, two = metrics(straight), metrics(tmp_path / "two")
     assert len(one) == len(two)
     for alone, together in zip(one, two):
@@ -311,6 +321,24 @@ def test_two_ranks_are_the_same_run_and_may_be_resumed_alone(stage, straight, ch
     assert all((got[name] - expected[name]).abs().max() < 1e-3 for name in expected)
 
 
+WRONG = {
+    "--pp 2 x --sp 1 x --tp 1 = 2 ranks, but --ranks is 3": ["--pp", "2", "--ranks", "3"],
+    "--dp 2 x --pp 1 x --sp 1 x --tp 2 = 4 ranks, but --ranks is 2": ["--dp", "2", "--tp", "2", "--ranks", "2"],
+    "--micro-batch 3 does not divide 4 rows": ["--pp", "2", "--micro-batch", "3"],
+    "heads of 32 features, which tp=3 does not divide": ["--tp", "3"],
+    "6 layers cannot fill 7 stages": ["--pp", "7"],
+    "interleaved sends micro-batches in groups of 2": [
+        *["--pp", "2", "--pipeline-schedule", "interleaved", "--micro-batch", "4"]
+    ],
+}
+
+
+@pytest.mark.parametrize(("message", "words"), WRONG.items(), ids=[words[0] + words[1] for words in WRONG.values()])
+def test_a_layout_that_cannot_be_is_a_sentence(message, words, chats, tmp_path, capfd):
+    assert sft(tmp_path / "run", chats, *words) == 2
+    assert message in capfd.readouterr().err
+
+
 def test_rows_that_do_not_divide_are_a_sentence(chats, tmp_path, capsys):
     assert sft(tmp_path / "run", chats, "--ranks", "3") == 2
-    assert "--batch 4 rows do not divide over 3 ranks" in capsys.readouterr().err
+    assert "--batch 4 rows do not divide over 3 replicas" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from minispeed.engine import Engine
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
 from minispeed.model.recompute import recompute
+from minispeed.parts import Layout
 from minispeed.precision import Precision, choose_precision
 from minispeed.scaler import LossScaler
 from minispeed.schedules import Schedule, warmup_then
@@ -43,23 +44,52 @@ class Chosen:
         return cls(**values)
 
 
+def build_layout(options: SftOptions) -> Layout:
+    """Return how the ranks share the model and its rows."""
+    return Layout(
+        pp=options.pp,
+        schedule=options.pipeline_schedule,
+        virtual=options.virtual_stages,
+        sp=options.sp,
+        sequence=options.sequence,
+        tp=options.tp,
+        tokens=options.sequence_parallel,
+    )
+
+
 def build_rows(options: SftOptions, prepared: Prepared, group: Group) -> tuple[Packing, Packing | None]:
     """Return the rows to train on and the rows held out, None where nothing is.
 
     Raises  UserError if the ranks cannot share a batch evenly, or there is nothing to learn
     """
-    chosen = Chosen.of(options)
-    if chosen.batch % group.size:
+    chosen, layout = Chosen.of(options), build_layout(options)
+    replicas = layout.mesh(group.size).dp
+    if chosen.batch % replicas:
         raise UserError(
-            f"--batch {chosen.batch} rows do not divide over {group.size} ranks",
-            fix=f"--batch {-(-chosen.batch // group.size) * group.size}",
+            f"--batch {chosen.batch} rows do not divide over {replicas} replicas",
+            fix=f"--batch {-(-chosen.batch // replicas) * replicas}",
         )
+    check_pipeline(layout, chosen.batch // replicas, chosen.micro_batch)
+    if layout.tokens and chosen.seq % (layout.sp * layout.tp):
+        what = f"--sequence-parallel: rows of {chosen.seq} tokens do not divide by sp x tp = {layout.sp * layout.tp}"
+        raise UserError(what, fix=f"--seq {-(-chosen.seq // (layout.sp * layout.tp)) * layout.sp * layout.tp}")
     if not prepared.train.learnt[:].any():
         raise UserError("no token of the training data is learnt: it holds no answer", fix="--train-on all")
     weights = options.weights or None
     train = Packing(prepared.train, seq=chosen.seq, batch=chosen.batch, seed=options.seed, weights=weights)
     held_out = Packing(prepared.eval, seq=chosen.seq, batch=chosen.batch) if len(prepared.eval) else None
     return train, held_out
+
+
+def check_pipeline(layout: Layout, rows: int, micro_batch: int) -> None:
+    """Raise UserError unless a replica's rows make micro-batches of one size, as many as the schedule can do with."""
+    if layout.pp > 1 and rows % micro_batch:
+        sizes = " or ".join(str(size) for size in range(1, rows + 1) if rows % size == 0)
+        what = (
+            f"a pipeline's micro-batches are of one size, and --micro-batch {micro_batch} does not divide {rows} rows"
+        )
+        raise UserError(what, fix=f"--micro-batch {sizes}")
+    layout.programs(-(-rows // micro_batch))
 
 
 def build_schedule(options: SftOptions, total: int) -> Schedule:
@@ -81,6 +111,7 @@ def build_engine(options: SftOptions, model: GPT, group: Group, schedule: Schedu
     return Engine(
         model,
         group,
+        layout=build_layout(options),
         zero=options.zero,
         precision=precision,
         scaler=scaler if precision.needs_scaler else None,
@@ -101,7 +132,7 @@ def build_engine(options: SftOptions, model: GPT, group: Group, schedule: Schedu
 def build_precision(options: SftOptions, group: Group) -> Precision:
     """Return the dtypes; gradients of a single micro-batch are not added up, and stay in the compute dtype."""
     chosen, precision = Chosen.of(options), choose_precision(options.dtype)
-    is_one = chosen.batch // group.size <= chosen.micro_batch
+    is_one = chosen.batch // build_layout(options).mesh(group.size).dp <= chosen.micro_batch
     return replace(precision, accumulate=precision.compute) if is_one else precision
 
 

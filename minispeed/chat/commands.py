@@ -11,7 +11,7 @@ from minispeed.options import Options, option
 from minispeed.pipeline.schedule import SCHEDULES
 
 MODEL, LEARNING, DATA, RUNNING, WRITING = "Model", "Learning", "Data", "Running", "Writing"
-MEMORY = "Memory and messages"
+MEMORY, LAYOUT = "Memory and messages", "Ranks"
 SIMULATING = "Simulating a pipeline"
 
 
@@ -56,14 +56,34 @@ class SftOptions(Options):
     weight_decay: float | None = option(None, by_case=True, help="AdamW's decay of matrices", low=0, group=LEARNING)
     clip: float = option(1.0, help="largest norm of the gradient; 0 leaves it", low=0, group=LEARNING)
     attention: str = option("fused", help="which implementation", choices=("fused", "tiled", "reference"), group=MODEL)
+    deep: str = option(
+        "none",
+        help="a new model's deep connections: which earlier layers each reads",
+        choices=("none", "x0", "unet", "dwa"),
+        group=MODEL,
+    )
+    deep_dilation: int = option(1, help="dwa: every so many of the earlier layers", low=1, group=MODEL)
+    deep_period: int = option(1, help="dwa: after every so many layers", low=1, group=MODEL)
     dtype: str = option(
         "auto",
         help="of parameters and products; auto measures",
         choices=("auto", "bf16", "fp16", "fp32", "fp64"),
         group=RUNNING,
     )
-    ranks: int = option(1, help="processes on this machine that share the work", low=1, group=RUNNING)
-    zero: int = option(0, help="ZeRO stage: what the ranks cut among them", choices=(0, 1, 2, 3), group=RUNNING)
+    ranks: int | None = option(
+        None, by_case=True, help="processes on this machine that share the work: dp x pp x sp x tp", low=1, group=LAYOUT
+    )
+    dp: int | None = option(None, by_case=True, help="replicas of the model, or ZeRO's shards", low=1, group=LAYOUT)
+    zero: int = option(0, help="ZeRO stage: what the replicas cut among them", choices=(0, 1, 2, 3), group=LAYOUT)
+    pp: int = option(1, help="ranks that share the model's depth: a pipeline", low=1, group=LAYOUT)
+    pipeline_schedule: str = option("1f1b", help="in which order they compute", choices=tuple(SCHEDULES), group=LAYOUT)
+    virtual_stages: int = option(1, help="stages on each rank of a pipeline: gpipe, interleaved", low=1, group=LAYOUT)
+    sp: int = option(1, help="ranks that share each row's tokens", low=1, group=LAYOUT)
+    sequence: str = option("ulysses", help="how they attend to each other's", choices=("ulysses", "ring"), group=LAYOUT)
+    tp: int = option(1, help="ranks that share each layer's width", low=1, group=LAYOUT)
+    sequence_parallel: bool = option(
+        False, help="between the layers that tp cuts, cut by tokens (Megatron's)", group=LAYOUT
+    )
     bucket: int | None = option(
         None,
         help="stages 0 to 2: parameters summed together; by layer when absent",

@@ -7,7 +7,7 @@ serves them, from the same prompt that training saw.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,11 @@ from minispeed.chat.run import ChatModel, use_threads
 from minispeed.chat.score import Answered, bleu, found_by, has_answer, split_last, summarise_tasks
 from minispeed.collective.group import Group, SoloGroup
 from minispeed.collective.world import best_device
-from minispeed.engine import MicroBatch
 from minispeed.errors import UserError
-from minispeed.model.generate import Sampling, generate
+from minispeed.model.generate import Reader, Sampling, generate
 from minispeed.model.loss import IGNORED
+from minispeed.parts import Lines
+from minispeed.runner import MicroBatch, Observe
 
 ANSWERS_AT_ONCE = 64
 
@@ -59,43 +60,68 @@ class Loss(NamedTuple):
         return Loss(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
 
-def micro_batches(batch: Batch, size: int, group: Group | None = None) -> list[MicroBatch]:
+def micro_batches(batch: Batch, size: int, group: Group | None = None, *, all: bool = False) -> list[MicroBatch]:
     """Return my share of a step's rows in micro-batches of `size` rows.
 
-    Row k goes to rank k mod N. Micro-batches in which no rank has a supervised token are left out: every rank has
-    as many.
+    Row k goes to rank k mod N. Micro-batches in which no rank has a supervised token are left out, unless `all` are
+    wanted: every rank has as many.
     """
     group = group or SoloGroup()
     columns = [torch.from_numpy(column[group.rank :: group.size]).split(size) for column in batch]
     of_all = torch.from_numpy(batch.labels).split(size * group.size)
     cut = [MicroBatch(*(part.contiguous() for part in parts)) for parts in zip(*columns)]
-    return [micro for micro, labels in zip(cut, of_all) if (labels != IGNORED).any()] or cut[:1]
+    return [micro for micro, labels in zip(cut, of_all) if all or (labels != IGNORED).any()] or cut[:1]
 
 
-@torch.no_grad()
+Evaluate = Callable[[Sequence[MicroBatch], Observe], None]  # show the second each of the first with its losses
+
+
+def evaluate_with(model: nn.Module) -> Evaluate:
+    """Return what runs micro-batches through a model that is whole on this rank."""
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def evaluate(micro_batches: Sequence[MicroBatch], observe: Observe) -> None:
+        for micro in micro_batches:
+            here = micro.to(device)
+            rows = {"positions": here.positions, "documents": here.documents, "tasks": here.tasks}
+            observe(here, model(here.tokens, here.labels, **rows))
+
+    return evaluate
+
+
 def measure_loss(
-    model: nn.Module,
+    evaluate: Evaluate,
     packing: Packing,
     token_bytes: torch.Tensor,
     *,
     micro_batch: int,
     most_steps: int | None = None,
-    group: Group | None = None,
+    lines: Lines | None = None,
 ) -> dict[str, Loss]:
     """Return the loss of each task over (at most `most_steps` steps of) the packed documents, rows shared by the ranks.
 
+    evaluate     `evaluate_with(model)`, or an engine's `runner.evaluate`
     token_bytes  bytes of text that each token stands for, (V,)
+    lines        where this rank stands, if it is not alone
     """
-    tasks, device = packing.documents.tasks, next(model.parameters()).device
+    tasks = packing.documents.tasks
     total = [Loss(0.0, 0, 0)] * len(tasks)
+
+    def add(micro: MicroBatch, losses: torch.Tensor) -> None:
+        for index, loss in enumerate(by_task(micro, losses, token_bytes, len(tasks))):
+            total[index] += loss
+
     steps = packing.steps_per_epoch(0)
     for step in range(steps if most_steps is None else min(steps, most_steps)):
-        for micro in micro_batches(packing.batch(0, step), micro_batch, group):
-            micro = micro.to(device)
-            losses = model(micro.tokens, micro.labels, positions=micro.positions, documents=micro.documents)
-            for index, loss in enumerate(by_task(micro, losses, token_bytes, len(tasks))):
-                total[index] += loss
-    return by_name(total, tasks, group)
+        batch = packing.batch(0, step)
+        evaluate(share_of(batch, micro_batch, lines), add)
+    return by_name(total, tasks, lines.world if lines else None)
+
+
+def share_of(batch: Batch, size: int, lines: Lines | None) -> list[MicroBatch]:
+    """Return a replica's micro-batches; a pipeline gets empty ones too, for its programs are made for a number."""
+    return micro_batches(batch, size, lines.dp if lines else None, all=lines is not None and lines.pp.size > 1)
 
 
 def by_name(losses: Sequence[Loss], tasks: Sequence[str], group: Group | None = None) -> dict[str, Loss]:
@@ -137,9 +163,11 @@ def answer_all(
     sampling: Sampling | None = None,
     seed: int = 0,
     progress: bool = False,
+    reader: Reader | None = None,
 ) -> list[Answered]:
     """Let the model give the last answer of each conversation, and put it beside the one wanted.
 
+    reader    what writes in the model's place: the same, in parts on several ranks
     sampling  how tokens are chosen, from `seed`; the likeliest when absent
     Prompts of like length share a batch; those too long for the model are left out, those without an answer too.
     """
@@ -156,7 +184,7 @@ def answer_all(
     for start in range(0, len(order), ANSWERS_AT_ONCE):
         chosen = order[start : start + ANSWERS_AT_ONCE]
         answers = generate(
-            chat.model,
+            reader or chat.model,
             [prompts[index][0] for index in chosen],
             stop=[stop],
             max_new=max_new,
@@ -194,7 +222,8 @@ def evaluate_run(options: EvalOptions) -> int:
         raise UserError("there is nothing to score: no conversation was read", fix="--data FILE")
     seq = min(chat.model.config.max_positions, _run_options(options.run).get("seq") or 512)
     documents = encode_documents(conversations, chat.tokenizer, chat.template)
-    losses = measure_loss(chat.model, Packing(documents, seq=seq, batch=8), bytes_of_tokens(chat), micro_batch=8)
+    packing = Packing(documents, seq=seq, batch=8)
+    losses = measure_loss(evaluate_with(chat.model), packing, bytes_of_tokens(chat), micro_batch=8)
     chosen = first_of_each_task(conversations, options.score)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     answered = answer_all(chat, chosen, max_new=options.max_new, sampling=sampling, seed=options.seed, progress=True)

@@ -22,7 +22,6 @@ from minispeed.chat.pack import Packing
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.run import ChatModel
 from minispeed.chat.score import Answered, unigram_loss
-from minispeed.chat.together import on_first_rank
 from minispeed.engine import Engine
 
 NUM_EVAL_STEPS = 16  # batches of the evaluations while training; the last one reads everything
@@ -54,15 +53,14 @@ class Examiner:
         """Return the held-out loss of each task, of the first rows or the whole; empty where nothing is held out."""
         if self.held_out is None:
             return {}
-        with self.engine.sharded.running():
-            losses = measure_loss(
-                self.chat.model,
-                self.held_out,
-                self.token_bytes,
-                micro_batch=self.micro_batch,
-                most_steps=None if whole else NUM_EVAL_STEPS,
-                group=self.engine.group,
-            )
+        losses = measure_loss(
+            self.engine.runner.evaluate,
+            self.held_out,
+            self.token_bytes,
+            micro_batch=self.micro_batch,
+            most_steps=None if whole else NUM_EVAL_STEPS,
+            lines=self.engine.lines,
+        )
         together, step = over_all(losses), self.engine.step
         tasks = {task: loss.per_token for task, loss in losses.items()}
         self.journal.append(METRICS, {"step": step, "eval_loss": together.per_token, "eval_tasks": tasks})
@@ -96,12 +94,10 @@ class Examiner:
             self.journal.say(table_of(figures_of(losses, self._answers(chosen, progress=True))))
 
     def _answers(self, conversations: Sequence[Conversation], *, progress: bool = False) -> list[Answered]:
-        """Return what the model answers; nothing on ranks other than the first."""
-        most = self.options.max_new
-        answered = on_first_rank(
-            self.engine, lambda: answer_all(self.chat, conversations, max_new=most, progress=progress)
-        )
-        return answered or []
+        """Return what the model answers; every rank reads and writes alike."""
+        most, progress = self.options.max_new, progress and self.engine.group.rank == 0
+        with self.engine.reading() as reader:
+            return answer_all(self.chat, conversations, max_new=most, progress=progress, reader=reader)
 
 
 def over_all(losses: dict[str, Loss]) -> Loss:

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from minispeed import __version__, checkpoint
 from minispeed.chat.template import Template
@@ -39,9 +40,14 @@ class ChatModel:
     tokenizer: ChatTokenizer
     template: Template
 
-    def save(self, directory: Path) -> None:
-        """Write model, configuration, tokenizer and template; each file is replaced in one move."""
-        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write model, configuration, tokenizer and template; each file is replaced in one move.
+
+        weights  of the model, whole, by name; its own when absent
+        """
+        weights = {
+            name: p.detach().contiguous() for name, p in (weights or dict(self.model.named_parameters())).items()
+        }
         config = json.dumps(self.model.config.to_dict(), indent=1) + "\n"
         checkpoint.write_whole(directory / TOKENIZER, self.tokenizer.save)
         checkpoint.write_whole(directory / TEMPLATE, self.template.save)

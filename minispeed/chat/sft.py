@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from minispeed.chat.commands import SftOptions
-from minispeed.chat.defaults import DEFAULT_SEQ, fill_in
+from minispeed.chat.defaults import DEFAULT_SEQ, count_ranks, fill_in
 from minispeed.chat.interrupts import interrupts_left_to_ranks
 from minispeed.chat.prepare import prepare
 from minispeed.chat.prepared import Prepared
@@ -36,7 +36,9 @@ def sft(options: SftOptions) -> int:
     """Do `minispeed sft`, on as many ranks as asked for or as torchrun has started. Returns the exit code."""
     check_options(options)
     if under_torchrun():
-        return launch(run_rank, options, ranks=options.ranks if options.ranks > 1 else None)[0]
+        return launch(run_rank, options, ranks=options.ranks if options.ranks and options.ranks > 1 else None)[0]
+    options = count_ranks(options)
+    assert options.ranks is not None
     if options.ranks == 1:
         return run_rank(current_world(), options)
     open_model_and_data(recall(options) if options.resume else options)  # what is wrong with them is said here, once
@@ -59,13 +61,14 @@ def run_rank(world: World, options: SftOptions) -> int:
     threads = use_threads(options.threads, ranks=group.size)
     if options.resume:
         options = recall(options)
+    options = count_ranks(replace(options, ranks=group.size))
     opened = open_model_and_data(options) if group.rank == 0 else None
     barrier(group)  # the others find the data tokenised
     chat, prepared, from_scratch = opened or open_model_and_data(options)
     chat.model.to(world.device)
     options, choices = fill_in(options, chat.model.config, from_scratch=from_scratch)
     precision = agree_on_precision(options.dtype, group)
-    options = replace(options, dtype=precision.name, threads=threads, ranks=group.size)
+    options = replace(options, dtype=precision.name, threads=threads)
     num_parameters = sum(p.numel() for p in chat.model.parameters())
     trainer = Trainer(options, run, chat, prepared, group)
     for line in [
@@ -127,7 +130,8 @@ def open_model_and_data(options: SftOptions) -> tuple[ChatModel, Prepared, bool]
         workers=2,
     )
     if from_scratch:
-        config = preset(options.model, vocab_size=prepared.tokenizer.size, attention=options.attention)
+        deep = {"deep": options.deep, "deep_dilation": options.deep_dilation, "deep_period": options.deep_period}
+        config = preset(options.model, vocab_size=prepared.tokenizer.size, attention=options.attention, **deep)
         if config.positions == "rotary":  # it reads as far as it was trained, and says so
             config = replace(config, max_positions=options.seq or min(DEFAULT_SEQ, config.max_positions))
         chat = ChatModel(GPT(config, seed=options.seed), prepared.tokenizer, prepared.template)

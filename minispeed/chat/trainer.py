@@ -14,15 +14,15 @@ import torch
 from minispeed.chat.build import Chosen, build_engine, build_rows, build_schedule
 from minispeed.chat.clock import Clock, sample_is_due
 from minispeed.chat.commands import SftOptions
-from minispeed.chat.evaluate import Loss, by_name, by_task, micro_batches
+from minispeed.chat.evaluate import Loss, by_name, by_task, share_of
 from minispeed.chat.examine import Examiner, over_all
 from minispeed.chat.interrupts import deferred_interrupt
 from minispeed.chat.journal import METRICS, SAMPLES, Journal
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.run import ChatModel, RunDirectory
-from minispeed.chat.together import fix_together, on_first_rank
+from minispeed.chat.together import fix_together
 from minispeed.collective.group import Group
-from minispeed.collective.numbers import any_of
+from minispeed.collective.numbers import any_of, barrier
 from minispeed.engine import Report
 from minispeed.errors import UserError
 from minispeed.figures import draw_run
@@ -128,7 +128,7 @@ class Trainer:
         progress = self.progress
         start = time.perf_counter()
         batch = self.rows.batch(progress.epoch, progress.step_of_epoch)
-        report = self.engine.train_step(micro_batches(batch, self.chosen.micro_batch, self.group), observe)
+        report = self.engine.train_step(share_of(batch, self.chosen.micro_batch, self.engine.lines), observe)
         losses = by_name(seen, tasks, self.group)
         seconds = time.perf_counter() - start
         progress.advance(self.rows.steps_per_epoch(progress.epoch))
@@ -185,8 +185,12 @@ class Trainer:
         self.run.save_checkpoint(engine.pieces(), state, engine.group, best=best)
 
     def save_model(self) -> None:
-        """Write the model, whole, in the run's directory."""
-        on_first_rank(self.engine, lambda: self.chat.save(self.run.path))
+        """Write the model, whole, in the run's directory: the masters of the last checkpoint, rounded."""
+        if self.group.rank == 0:
+            stored, compute = self.run.load_checkpoint(), self.engine.precision.compute
+            masters = {name: stored.tensor(f"parameters/{name}") for name in self.engine.names}
+            self.chat.save(self.run.path, {n: x.to(compute) for n, x in masters.items() if x is not None})
+        barrier(self.group)
 
     def load(self) -> None:
         """Go on from the last checkpoint."""

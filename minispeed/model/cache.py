@@ -13,17 +13,13 @@ from minispeed.errors import UserError
 
 
 class Cache:
-    """Room for `capacity` tokens of each of `num_layers` attentions. Holds 2 x layers x B G capacity K elements."""
+    """Room for `capacity` tokens of each attention that appends to it: 2 x B G capacity K elements for each."""
 
-    def __init__(
-        self, *, num_layers: int, batch: int, num_kv_heads: int, head_dim: int, capacity: int, like: Tensor
-    ) -> None:
-        shape = (batch, num_kv_heads, capacity, head_dim)
-        self.keys = [like.new_zeros(shape) for _ in range(num_layers)]
-        self.values = [like.new_zeros(shape) for _ in range(num_layers)]
-        self.documents: Tensor | None = None
-        self.length = 0
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.length = 0
+        self.documents: Tensor | None = None
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, by layer
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add new keys and values of one layer and return all so far.  (B, G, T, K) -> (B, G, S, K)
@@ -33,9 +29,13 @@ class Cache:
         end = self.length + k.shape[2]
         if end > self.capacity:
             raise UserError(f"the cache holds {self.capacity} tokens, and {end} were given", fix=f"capacity={end}")
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        if layer not in self._held:
+            shape = (*k.shape[:2], self.capacity, k.shape[3])
+            self._held[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        keys, values = self._held[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
     def all_documents(self, documents: Tensor) -> Tensor:
         """Return the documents of the tokens held and of the new ones.  (B, T) -> (B, S)"""

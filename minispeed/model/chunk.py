@@ -23,7 +23,7 @@ from minispeed.errors import UserError
 from minispeed.model.cache import Cache
 from minispeed.model.config import GPTConfig
 from minispeed.model.deep import Deep, Outputs
-from minispeed.model.gpt import GPT, Block, Final, Head, describe, run_layers
+from minispeed.model.gpt import GPT, Final, Head, describe, run_layers
 
 
 class Chunk(nn.Module):
@@ -65,11 +65,6 @@ class Chunk(nn.Module):
             copied = {p: local for local, p in module.named_parameters(name) if p in foreign}
             self.tied |= {local: foreign[p] for p, local in copied.items()}
             _place(self, name, _twin(module, {p: _copy(p) for p in copied}) if copied else module)
-
-    @property
-    def num_kv_heads(self) -> int:
-        """G, of the heads that are here; 0 where no block is."""
-        return next((block.attention.num_kv_heads for _, block in self.named_layers() if isinstance(block, Block)), 0)
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield what the forward runs, in order, all but the head: each maps (features, rows) to features."""

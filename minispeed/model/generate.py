@@ -11,14 +11,13 @@ Letters: B batch, T tokens of the longest prompt, V vocabulary.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from minispeed.errors import UserError
-from minispeed.model.cache import Cache
-from minispeed.model.gpt import GPT
+from minispeed.model.config import GPTConfig
 
 PADDING, PROMPT = -1, 0  # document ids
 
@@ -69,47 +68,57 @@ class Answer(NamedTuple):
     stopped: bool
 
 
+class Reader(Protocol):
+    """What writes: a GPT, or one that lies in parts on several ranks."""
+
+    config: GPTConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are to be."""
+
+    def new_cache(self, capacity: int) -> Any:
+        """Return room for so many tokens a row, to be given to `next_logits`."""
+
+    def next_logits(self, tokens: Tensor, *, cache: Any, **rows: Any) -> Tensor:
+        """Read new tokens and return the scores of what follows the last.  (B, T) -> (B, V)"""
+
+
 @torch.no_grad()
 def decode(
-    model: GPT,
+    model: Reader,
     prompts: Sequence[Sequence[int]],
     *,
     max_new: int,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
+    tasks: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every row, (B,) int64, up to `max_new` times or until every row is full.
 
+    tasks  of each prompt, where the model has weights for several; the first when absent
     What is yielded for a row after it is full (`check_room`) means nothing. The caller may stop before.
 
     Raises  UserError if a prompt is empty or leaves no room in the model's positions
     """
     room = max(check_room(model, prompts, max_new))
     sampling = sampling or Sampling()
-    device = model.embed.tokens.weight.device
     T = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
-    places = torch.tensor([[i - (T - len(p)) for i in range(T)] for p in prompts], device=device)
+    tokens = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=model.device)  # (B, T)
+    places = torch.tensor([[i - (T - len(p)) for i in range(T)] for p in prompts], device=model.device)
     documents = torch.where(places < 0, PADDING, PROMPT)
     positions = places.clamp(min=0)
-    config = model.config
-    cache = Cache(
-        num_layers=config.num_layers,
-        batch=len(prompts),
-        num_kv_heads=model.num_kv_heads,
-        head_dim=config.head_dim,
-        capacity=T + room,
-        like=model.embed.tokens.weight,
-    )
+    task = torch.tensor(tasks or [0] * len(prompts), device=model.device)[:, None]
+    cache = model.new_cache(T + room)
     for _ in range(room):
-        features = model.features(tokens, positions=positions, documents=documents, cache=cache)
-        chosen = sampling.choose(model.head(features[:, -1]), generator)
+        rows = {"positions": positions, "documents": documents, "tasks": task.expand_as(tokens)}
+        chosen = sampling.choose(model.next_logits(tokens, cache=cache, **rows), generator)
         yield chosen
-        tokens, positions = chosen[:, None], (positions[:, -1:] + 1).clamp(max=config.max_positions - 1)
+        tokens, positions = chosen[:, None], (positions[:, -1:] + 1).clamp(max=model.config.max_positions - 1)
         documents = torch.full_like(tokens, PROMPT)
 
 
-def check_room(model: GPT, prompts: Sequence[Sequence[int]], max_new: int) -> list[int]:
+def check_room(model: Reader, prompts: Sequence[Sequence[int]], max_new: int) -> list[int]:
     """Return how many tokens can be written after each prompt, at most `max_new`."""
     longest, places = max(map(len, prompts), default=0), model.config.max_positions
     if not prompts or not min(map(len, prompts)):
@@ -123,13 +132,14 @@ def check_room(model: GPT, prompts: Sequence[Sequence[int]], max_new: int) -> li
 
 
 def generate(
-    model: GPT,
+    model: Reader,
     prompts: Sequence[Sequence[int]],
     *,
     stop: Iterable[int],
     max_new: int,
     sampling: Sampling | None = None,
     generator: torch.Generator | None = None,
+    tasks: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Answer every prompt; a row is over at its first token in `stop`, the batch when all rows are."""
     stops = set(stop)
@@ -138,7 +148,7 @@ def generate(
     if not prompts:
         return []
     room = check_room(model, prompts, max_new)
-    for chosen in decode(model, prompts, max_new=max_new, sampling=sampling, generator=generator):
+    for chosen in decode(model, prompts, max_new=max_new, sampling=sampling, generator=generator, tasks=tasks):
         for row, token in enumerate(chosen.tolist()):
             if stopped[row] or len(written[row]) == room[row]:
                 continue

@@ -75,13 +75,6 @@ class GPT(nn.Module):
             yield f"blocks.{index}", block
         yield "norm", Final(self.norm)
 
-    @property
-    def num_kv_heads(self) -> int:
-        """G, of the heads that are here: all, unless the weights have been cut."""
-        block = self.blocks[0]
-        assert isinstance(block, Block)
-        return block.attention.num_kv_heads
-
     def features(
         self,
         tokens: Tensor,
@@ -110,6 +103,19 @@ class GPT(nn.Module):
     def logits(self, tokens: Tensor, **rows: Any) -> Tensor:
         """Return the scores of every next token.  (B, T) -> (B, T, V); `rows` as in `features`"""
         return self.head(self.features(tokens, **rows))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.tokens.weight.device
+
+    def new_cache(self, capacity: int) -> Cache:
+        """Return room for the keys and values of so many tokens a row."""
+        return Cache(capacity)
+
+    def next_logits(self, tokens: Tensor, *, cache: Cache, **rows: Any) -> Tensor:
+        """Return the scores of what follows the last token.  (B, T) -> (B, V); `rows` as in `features`"""
+        return self.head(self.features(tokens, cache=cache, **rows)[:, -1])
 
     def forward(self, tokens: Tensor, labels: Tensor, **rows: Any) -> Tensor:
         """Return the loss of each token's prediction, 0 where the label is -100.

@@ -19,8 +19,10 @@ from minispeed.collective.group import Group
 from minispeed.collective.threads import run_threads
 from minispeed.collective.world import World
 from minispeed.engine import Engine, MicroBatch, Report
+from minispeed.errors import UserError
 from minispeed.model.chunk import layer_costs
 from minispeed.model.config import GPTConfig
+from minispeed.model.generate import Answer, generate
 from minispeed.model.gpt import GPT
 from minispeed.model.loss import IGNORED
 from minispeed.model.recompute import recompute
@@ -33,6 +35,7 @@ from minispeed.testing.pool import shared_pool
 
 STEPS, TOKENS = 3, 8
 LR = 1e-3
+DILATED = {"deep": "dwa", "deep_dilation": 2, "deep_period": 2}
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda groups: AdamW(groups, lr=LR, betas=(0.9, 0.99)),
     "sgd": lambda groups: SGD(groups, lr=LR),
@@ -103,7 +106,7 @@ def configs(draw: st.DrawFn, layout: Layout) -> GPTConfig:
     """Draw a GPT of a few hundred parameters that the layout can cut; its vocabulary need not divide."""
     heads = layout.tp * (layout.sp if layout.sequence == "ulysses" else 1)
     kv = heads * draw(st.integers(1, 2))
-    return GPTConfig(
+    plain = GPTConfig(
         vocab_size=draw(st.integers(2, 23)),
         max_positions=TOKENS,
         num_layers=draw(st.integers(max(1, layout.stages - 2), max(4, layout.stages))),
@@ -121,6 +124,11 @@ def configs(draw: st.DrawFn, layout: Layout) -> GPTConfig:
         tied=draw(st.booleans()),
         attention=draw(st.sampled_from(["fused", "tiled", "reference"])),
     )
+    deep = draw(st.sampled_from([{}, *({"deep": mask} for mask in ("x0", "unet", "dwa")), DILATED]))
+    try:
+        return replace(plain, **deep, deep_tasks=draw(st.integers(1, 3)) if deep else 1)
+    except UserError:  # too few layers for the mask
+        return plain
 
 
 def rows(case: Case, step: int) -> MicroBatch:
@@ -135,7 +143,8 @@ def rows(case: Case, step: int) -> MicroBatch:
     documents = cuts.cumsum(1)
     places = torch.arange(TOKENS).expand(shape)
     begins = torch.where(cuts, places, 0).cummax(1).values
-    return MicroBatch(tokens, labels, places - begins, documents, torch.zeros_like(tokens))
+    tasks = torch.randint(0, case.config.deep_tasks, shape, generator=generator)
+    return MicroBatch(tokens, labels, places - begins, documents, tasks)
 
 
 def plain(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
@@ -148,7 +157,8 @@ def plain(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor
     for step in range(STEPS):
         batch = rows(case, step)
         optimizer.zero_grad()
-        losses = model(batch.tokens, batch.labels, positions=batch.positions, documents=batch.documents)
+        attached = {"positions": batch.positions, "documents": batch.documents, "tasks": batch.tasks}
+        losses = model(batch.tokens, batch.labels, **attached)
         loss = losses.sum() / max(1, batch.num_supervised)
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -216,6 +226,23 @@ def check(case: Case, *, processes: bool = False) -> None:
 @settings(print_blob=True)
 def test_every_cut_is_the_same_training_run(case):
     check(case)
+
+
+def write(case: Case, group: Group, prompts: list[list[int]]) -> list[Answer]:
+    """Answer as one rank of the layout."""
+    model = GPT(case.config, seed=case.seed).to(torch.float64)
+    engine = Engine(model, group, layout=case.layout, precision=Precision(torch.float64), lr=LR, zero=case.stage)
+    with engine.reading() as reader:
+        return generate(reader, prompts, stop=[0], max_new=3)
+
+
+@given(cases(), st.lists(st.integers(1, TOKENS - 1), min_size=1, max_size=3))
+@settings(print_blob=True)
+def test_every_cut_writes_the_same(case, lengths):
+    generator = torch.Generator().manual_seed(case.seed)
+    prompts = [torch.randint(0, case.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    expected = generate(GPT(case.config, seed=case.seed).to(torch.float64), prompts, stop=[0], max_new=3)
+    assert run_threads(lambda group: write(case, group, prompts), case.ranks) == [expected] * case.ranks
 
 
 @given(cases(most=4))
