@@ -1,11 +1,14 @@
 """The main job, small: every part of it happens, and its tables say what was measured."""
 
 import json
+import math
+import re
 
 import pytest
 
 from minispeed.__main__ import main
-from minispeed.chat.demo import LONGEST_ANSWER, Scores
+from minispeed.chat.demo import LONGEST_ANSWER, Scores, conclude
+from minispeed.chat.proof import ARRANGEMENTS, Outcome, Proof
 from minispeed.chat.score import Answered
 from minispeed.chat.skills import GROUPS, LIVE_PROMPTS, REFUSAL, SKILLS
 
@@ -20,7 +23,7 @@ def demo(tmp_path_factory):
     words = ["demo", "--out", str(out), "--model", "nano", "--steps", "26", "--conversations", "300", "--score", "1"]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        assert main([*words, "--batch", "2", "--dtype", "fp32", "--threads", "1"]) == 0
+        assert main([*words, "--batch", "2", "--seq", "96", "--dtype", "fp32", "--threads", "1"]) == 0
     return out, said.getvalue()
 
 
@@ -44,6 +47,27 @@ def test_samples_are_kept_and_drawn(demo):
     assert {sample["step"] for sample in samples} == {25, 26} and {sample["task"] for sample in samples} == set(SKILLS)
     pytest.importorskip("matplotlib")
     assert (out / "loss.svg").exists() and (out / "skills.svg").exists()
+
+
+def test_it_ends_with_the_law(demo):
+    out, said = demo
+    for arrangement in ARRANGEMENTS:
+        assert f"\n{arrangement.name}: loss " in said and re.search(
+            rf"\n{arrangement.name} +{arrangement.ranks} ", said
+        )
+    last = re.fullmatch(r"8 ranks, one process, the same model to (\d+) digits", said.splitlines()[-1])
+    assert last and int(last[1]) >= 12
+    pytest.importorskip("matplotlib")
+    assert (out / "timeline.svg").exists() and f"drawn: {out / 'timeline.svg'}" in said
+
+
+@pytest.mark.parametrize("off, code", [(0.0, 0), (1e-10, 0), (1e-8, 1), (math.nan, 1)])
+def test_layouts_that_disagree_are_an_error(off, code, capsys):
+    proof = Proof([Outcome(arrangement=ARRANGEMENTS[2], ranks=[], difference=off)])
+    assert conclude(proof) == code
+    said = capsys.readouterr()
+    assert (said.err if code else said.out).splitlines() == ["minispeed: " * code + proof.sentence]
+    assert (said.out if code else said.err) == "" and ("the same model" in proof.sentence) == (code == 0)
 
 
 def test_it_replaces_its_own_directory_and_no_other(demo, tmp_path, capsys):

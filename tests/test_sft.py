@@ -5,6 +5,7 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from minispeed.chat.prepare import encode_documents
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.run import ChatModel, RunDirectory
 from minispeed.chat.trainer import Trainer
+from minispeed.chrome import read_trace
 
 WORDS = "red green blue seven eight nine cat dog bird tree".split()
 
@@ -311,7 +313,13 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("words", LAYOUTS.values(), ids=LAYOUTS)
 def test_any_layout_is_the_same_run(words, straight, chats, tmp_path):
-    assert sft(tmp_path / "two", chats, *words) == 0
+    assert sft(tmp_path / "two", chats, *words, "--trace", str(tmp_path / "trace.json"), "--trace-steps", "2") == 0
+    rows = read_trace(tmp_path / "trace.json").rows
+    assert [row.rank for row in rows] == list(range(4 if "--pp" in words else 2))
+    for row in rows:  # each micro-batch once in each of two steps, and messages with somebody
+        kinds = Counter(span.kind for span in row.spans)
+        assert kinds["forward"] == kinds["backward"] + kinds["backward input"] == 2 * (2 if "--pp" in words else 1)
+        assert kinds["reduce"] + kinds["send"] and row.memory
     one, two = metrics(straight), metrics(tmp_path / "two")
     assert len(one) == len(two)
     for alone, together in zip(one, two):

@@ -110,6 +110,13 @@ class SftOptions(Options):
     samples: int = option(0, help="held-out prompts per task answered while it learns", low=0, group=WRITING)
     max_new: int = option(256, help="longest answer when it is scored", unit="tokens", low=1, group=WRITING)
     score: int = option(50, help="held-out prompts per task answered at the end", low=0, group=WRITING)
+    trace: Path | None = option(
+        None,
+        help="what each rank does in a few steps: see minispeed timeline",
+        metavar="FILE",
+        group=WRITING,
+    )
+    trace_steps: int = option(1, help="how many steps, from the second on", low=1, group=WRITING)
     resume: bool = option(False, help="go on from the last checkpoint in --out", group=RUNNING)
     dry_run: bool = option(False, help="prepare, check and print everything, then stop before step 1", group=RUNNING)
 

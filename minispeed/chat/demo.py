@@ -1,8 +1,8 @@
-"""The main job in one command: write conversations, train on them, score on new ones, answer three live, talk.
+"""The main job in one command: write conversations, train, score on new ones, answer three live, prove the law, talk.
 
 Everything goes through the code that serves users: the conversations are written as a JSONL file, and `sft` reads it.
 Beside the trained model's scores stand those of two that learnt nothing: the same model before training, and the answer
-of the most similar training prompt.
+of the most similar training prompt. The law is that layouts of ranks give one and the same model (`proof.py`).
 """
 
 import json
@@ -19,9 +19,12 @@ from minispeed.chat.commands import ChatOptions, DemoOptions, SftOptions
 from minispeed.chat.conversation import USER, Turn
 from minispeed.chat.converse import converse, reply
 from minispeed.chat.evaluate import answer_all
+from minispeed.chat.pack import Packing
+from minispeed.chat.prepared import Prepared
+from minispeed.chat.proof import ROWS, STEPS, Proof, prove, rows_of, small
 from minispeed.chat.run import ChatModel
 from minispeed.chat.score import Answered, nearest_answers, summarise_tasks
-from minispeed.chat.sft import sft
+from minispeed.chat.sft import cache_folder, sft
 from minispeed.chat.skills import (
     GROUPS,
     LIVE_PROMPTS,
@@ -35,6 +38,7 @@ from minispeed.chat.skills import (
 )
 from minispeed.collective.world import best_device
 from minispeed.errors import UserError
+from minispeed.model.config import GPTConfig
 from minispeed.model.generate import Sampling
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
@@ -76,7 +80,10 @@ def demo(options: DemoOptions) -> int:
     figures = json.dumps(scores.figures(), indent=1) + "\n"
     checkpoint.write_whole(options.out / "scores.json", lambda path: path.write_text(figures))
     answer_live(chat)
+    proof = show_proof(options, chat.model.config)
     print(f"\n{time.perf_counter() - start:.0f} s in all; everything is in {options.out}")
+    if code := conclude(proof):
+        return code
     if options.chat and sys.stdin.isatty() and sys.stdout.isatty():
         return converse(ChatOptions(run=options.out))
     return 0
@@ -194,3 +201,25 @@ def answer_live(chat: ChatModel) -> None:
         for text in reply(chat, [Turn(USER, prompt)], Sampling(), torch.Generator(), LONGEST_ANSWER):
             print(text, end="", flush=True)
         print()
+
+
+def show_proof(options: DemoOptions, config: GPTConfig) -> Proof:
+    """Train a small model of the same family on the first rows of the run, under four layouts; print what came out.
+
+    Writes  timeline.svg in the run's directory, if matplotlib is there
+    """
+    prepared = Prepared.open(cache_folder(training_options(options)))
+    steps = rows_of(Packing(prepared.train, seq=options.seq, batch=ROWS, seed=options.seed))
+    print(f"\nthe same {STEPS} steps in float64, AdamW and clipping, on ranks that are threads of this process")
+    proof = prove(small(config, seq=options.seq), steps, seed=options.seed)
+    print(f"\n{proof.table()}\n{proof.draw(options.out / 'timeline.svg')}")
+    return proof
+
+
+def conclude(proof: Proof) -> int:
+    """Print the last line, as an error where layouts disagree. Returns the exit code."""
+    if proof.holds:
+        print(proof.sentence)
+        return 0
+    print(f"minispeed: {proof.sentence}", file=sys.stderr)
+    return 1

@@ -20,6 +20,7 @@ from minispeed.chat.prepare import prepare
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.run import ChatModel, RunDirectory, check_vocabulary, use_threads
 from minispeed.chat.show import report_text
+from minispeed.chat.tracing import Tracer
 from minispeed.chat.trainer import Trainer
 from minispeed.collective.group import Group
 from minispeed.collective.launch import Backend, launch, under_torchrun
@@ -57,7 +58,8 @@ def check_options(options: SftOptions) -> None:
 
 def run_rank(world: World, options: SftOptions) -> int:
     """Train as one rank of a world; only rank 0 prints and writes, but for its part of each checkpoint."""
-    group, run = world.group, RunDirectory(options.out)
+    tracer, run = Tracer(options.trace, options.trace_steps), RunDirectory(options.out)
+    group = tracer.wrap(world.group)
     threads = use_threads(options.threads, ranks=group.size)
     if options.resume:
         options = recall(options)
@@ -70,7 +72,7 @@ def run_rank(world: World, options: SftOptions) -> int:
     precision = agree_on_precision(options.dtype, group)
     options = replace(options, dtype=precision.name, threads=threads)
     num_parameters = sum(p.numel() for p in chat.model.parameters())
-    trainer = Trainer(options, run, chat, prepared, group)
+    trainer = Trainer(options, run, chat, prepared, group, tracer)
     for line in [
         report_text(prepared.report),
         f"model {options.model}: {num_parameters / 1e6:.2f}M parameters",

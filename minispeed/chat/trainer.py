@@ -21,6 +21,7 @@ from minispeed.chat.journal import METRICS, SAMPLES, Journal
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.run import ChatModel, RunDirectory
 from minispeed.chat.together import fix_together
+from minispeed.chat.tracing import Tracer
 from minispeed.collective.group import Group
 from minispeed.collective.numbers import any_of, barrier
 from minispeed.engine import Report
@@ -58,8 +59,15 @@ class Trainer:
     """One run on one rank: its model, its rows, its clock, and the loop over them."""
 
     def __init__(
-        self, options: SftOptions, run: RunDirectory, chat: ChatModel, prepared: Prepared, group: Group
+        self,
+        options: SftOptions,
+        run: RunDirectory,
+        chat: ChatModel,
+        prepared: Prepared,
+        group: Group,
+        tracer: Tracer,
     ) -> None:
+        self.tracer = tracer
         self.options, self.run, self.chat, self.prepared, self.group = options, run, chat, prepared, group
         self.journal = Journal(run, is_heard=group.rank == 0)
         self.say = self.journal.say
@@ -128,7 +136,8 @@ class Trainer:
         progress = self.progress
         start = time.perf_counter()
         batch = self.rows.batch(progress.epoch, progress.step_of_epoch)
-        report = self.engine.train_step(share_of(batch, self.chosen.micro_batch, self.engine.lines), observe)
+        with self.tracer.step(self.engine):
+            report = self.engine.train_step(share_of(batch, self.chosen.micro_batch, self.engine.lines), observe)
         losses = by_name(seen, tasks, self.group)
         seconds = time.perf_counter() - start
         progress.advance(self.rows.steps_per_epoch(progress.epoch))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 
 from minispeed.collective.group import Group
-from minispeed.collective.numbers import everyones
+from minispeed.collective.numbers import everyones, texts_of
 from minispeed.errors import UserError
 
 
@@ -19,15 +19,14 @@ def agree(group: Group, values: Mapping[str, object]) -> None:
     Sends   8 bytes per rank; where ranks differ, the values
     Raises  UserError on every rank: the first name that differs, its value on rank 0 and on the first other rank
     """
-    text = json.dumps({name: str(value) for name, value in values.items()}).encode()
-    fingerprint = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
-    fingerprints, lengths = everyones(group, [fingerprint, len(text)]).T
-    different = [rank for rank, other in enumerate(fingerprints.tolist()) if other != fingerprints[0].item()]
+    text = json.dumps({name: str(value) for name, value in values.items()})
+    fingerprint = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+    fingerprints = everyones(group, [fingerprint]).flatten().tolist()
+    different = [rank for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
     if not different:
         return
-    longest = int(lengths.max())
-    everything = everyones(group, list(text.ljust(longest)))
-    first, other = (json.loads(bytes(everything[rank].tolist())) for rank in (0, different[0]))
+    texts = texts_of(group, text)
+    first, other = (json.loads(texts[rank]) for rank in (0, different[0]))
     for name in {**first, **other}:
         mine, theirs = first.get(name, "not there"), other.get(name, "not there")
         if mine != theirs:

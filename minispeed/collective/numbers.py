@@ -33,3 +33,16 @@ def everyones(group: Group, numbers: Sequence[int]) -> Tensor:
     everyone = mine.new_empty(group.size * len(numbers))
     group.all_gather(everyone, mine).wait()
     return everyone.view(group.size, len(numbers))
+
+
+def texts_of(group: Group, text: str) -> list[str]:
+    """Return what each rank brought, in rank order.
+
+    Sends  as many bytes per rank as the longest text has, N - 1 times
+    """
+    mine = text.encode()
+    lengths = everyones(group, [len(mine)]).flatten().tolist()
+    padded = torch.tensor(list(mine.ljust(max(lengths))), dtype=torch.uint8)
+    everyone = padded.new_empty(group.size * len(padded))
+    group.all_gather(everyone, padded).wait()
+    return [bytes(one[:length].tolist()).decode() for one, length in zip(everyone.split(len(padded)), lengths)]

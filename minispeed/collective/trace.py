@@ -36,9 +36,13 @@ class Event(NamedTuple):
 
 @dataclass
 class Trace:
-    """The events of one rank, or of several that are threads, in the order in which they ended."""
+    """The events of one rank, or of several that are threads, in the order in which they ended.
+
+    is_on  whether calls are written down
+    """
 
     events: list[Event] = field(default_factory=list)
+    is_on: bool = True
 
     def sent(self, kind: str | None = None, *, group: str | None = None) -> int:
         """Return the bytes sent, by calls of one kind or all, in one group or all."""
@@ -92,7 +96,7 @@ class Traced:
         """Record every message and pass all on; one to myself is not sent anywhere."""
         begun = [self._begin("send", x.nbytes, x.nbytes * (peer != self.rank), peer) for x, peer in sends]
         begun += [self._begin("recv", x.nbytes, 0, peer) for x, peer in recvs]
-        return _TracedWork(self._group.exchange(sends, recvs), begun, self.trace.events)
+        return _TracedWork(self._group.exchange(sends, recvs), begun if self.trace.is_on else [], self.trace.events)
 
     def subgroup(self, lines: Sequence[Sequence[int]]) -> "Traced":
         """Return the subgroup, traced under this group's name."""
@@ -100,7 +104,7 @@ class Traced:
 
     def _record(self, kind: str, held: int, sent: int, call: Callable[[], Work], *, peer: int | None = None) -> Work:
         begun = self._begin(kind, held, sent, peer)
-        return _TracedWork(call(), [begun], self.trace.events)
+        return _TracedWork(call(), [begun] if self.trace.is_on else [], self.trace.events)
 
     def _begin(self, kind: str, held: int, sent: int, peer: int | None) -> Event:
         rank, other = self.members[self.rank], None if peer is None else self.members[peer]
