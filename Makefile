@@ -1,6 +1,6 @@
 # make demo          set up, then train a small model, score it and talk to it
 # make test          set up, then style, types, import floors and tests
-# make lattice       only the tests that draw their inputs, with many draws
+# make lattice       only the laws across rooms: layouts drawn by the hundred, and what they covered
 # make gpu           the tests that need a GPU, then what a step costs on it
 # make peers         the same training in DeepSpeed and here, side by side (installs DeepSpeed)
 # make options       write docs/options.md anew from the code
@@ -37,7 +37,7 @@ test: developer
 
 N_LATTICE := $(if $(filter command line environment,$(origin N)),$(N),1000)
 lattice: developer
-	$(RUN) -m pytest -m hypothesis --timeout 0 --examples $(N_LATTICE) $(ARGS)
+	$(RUN) -m pytest tests/laws --timeout 0 --examples $(N_LATTICE) $(ARGS)
 
 gpu: developer
 	@if $(RUN) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
