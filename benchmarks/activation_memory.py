@@ -25,10 +25,11 @@ between the cut layers is whole on each of the t ranks, c = 1, or cut by tokens,
 Counted: each storage that autograd saves, once, parameters left out; in a model of two blocks less in one of one. On a
 CPU: other devices have other kernels. b and the heads of a rank are two or more: of one, matmul copies nothing.
 
-Korthikanti et al. 2022, section 4.1: s b h (34 + 5 a s/h) bytes, in 16 bits, with f = 4 h; equations 2 to 4 over ranks;
-section 5: without 5 a s/h where attention is recomputed (https://arxiv.org/abs/2205.05198). What differs from it is in
-a second table, term by term: no dropout here (masks of 1 byte, and the weights before and after it), norms' statistics,
-the log of the sums, and where tokens are cut, gathered inputs: the paper keeps s/t of them, and gathers again.
+Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), of 16 bits and f = 4 h: s b h (34 + 5 a s/h) bytes, section
+4.1; 10 + 24/t + 5 a s/(h t) over t ranks, all of it over t where tokens are cut, 4.2; without the term of pairs where
+attention is recomputed, 5, or a kernel keeps none. Where we differ, a second table says by how much and why: there is
+no dropout here (masks of 1 byte, attention's weights after it); norms keep statistics, the kernel the log of its sums;
+where tokens are cut, the paper keeps s/t of what is gathered, and gathers again; a recomputed block's input is cut too.
 
 Letters, the paper's: b rows, s tokens, h model, a heads, t ranks; and g key/value heads, k head dim, f hidden.
 """

@@ -14,6 +14,7 @@ from minispeed.ledger import held, paper_bytes, sent, shard_size
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
 from minispeed.model.recompute import recompute
+from minispeed.parts import Layout
 from minispeed.precision import Precision
 from minispeed.schedules import constant
 from minispeed.testing.measure import measure_held
@@ -74,6 +75,35 @@ def test_a_rank_holds_and_sends_what_the_closed_forms_say(ranks, stage, precisio
         assert found == replace(expected, optimizer=expected.optimizer - no_moments)
     elements = sum(event.sent for event in trace.events if event.bytes > SCALARS) / dtypes.reduce.itemsize
     assert elements == round(ranks * sent(sizes, ranks=ranks, stage=stage, micro=micro))
+
+
+@given(
+    dp=st.integers(2, 3),
+    stage=st.integers(0, 3),
+    micro=st.integers(1, 3),
+    schedule=st.sampled_from(["gpipe", "1f1b", "zb_h1"]),
+)
+def test_each_stage_of_a_pipeline_sends_to_its_replicas_what_the_closed_form_says(dp, stage, micro, schedule):
+    traces = [Trace() for _ in range(2 * dp)]
+
+    def train(group):
+        trace = traces[group.rank]
+        layout = Layout(pp=2, schedule=schedule)
+        engine = Engine(
+            GPT(CONFIG), Traced(group, trace), layout=layout, precision=Precision(torch.float32), lr=1e-3, zero=stage
+        )
+        step = [rows(engine.lines.dp.rank, index) for index in range(micro)]
+        engine.train_step(step)
+        trace.clear()
+        engine.train_step(step)
+        return [unit.num_elements for part in engine.parts for unit in part.units]
+
+    sizes = run_threads(train, 2 * dp)
+    kinds = ("all_reduce", "reduce_scatter", "all_gather")  # between stages there are only messages
+    found = [[e.sent for e in trace.events if e.kind in kinds and e.bytes > SCALARS] for trace in traces]
+    for replicas in (range(dp), range(dp, 2 * dp)):  # those of a stage
+        elements = sum(sum(found[rank]) for rank in replicas) / 4
+        assert elements == round(dp * sent(sizes[replicas[0]], ranks=dp, stage=stage, micro=micro))
 
 
 @given(ranks=st.integers(2, 5), threshold=st.sampled_from([0, 13, 67, 200, 10**6]), micro=st.integers(1, 2))
