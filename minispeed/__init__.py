@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __path__.append(f"{__path__[0]}/face")
 
-_MODULES = ("accelerator", "checkpointing", "comm", "ops", "optim", "runtime", "utils", "zero")
+_MODULES = ("accelerator", "checkpointing", "comm", "ops", "optim", "pipe", "runtime", "utils", "zero")
 _HOMES = {
     **{name: f"minispeed.{name}" for name in _MODULES},
     "DeepSpeedConfig": "minispeed.deepspeed.settings",
     "DeepSpeedConfigError": "minispeed.config",
     "DeepSpeedEngine": "minispeed.deepspeed.engine",
     "OnDevice": "minispeed.deepspeed.devices",
+    "PipelineEngine": "minispeed.deepspeed.pipe_engine",
+    "PipelineModule": "minispeed.deepspeed.pipe",
     "RepeatingLoader": "minispeed.deepspeed.loader",
     "add_config_arguments": "minispeed.deepspeed.arguments",
     "add_tuning_arguments": "minispeed.deepspeed.arguments",
@@ -30,6 +32,7 @@ _HOMES = {
     "launch": "minispeed.collective.launch",
     "log_dist": "minispeed.deepspeed.logging",
     "logger": "minispeed.deepspeed.logging",
+    "tp_model_init": "minispeed.deepspeed.sharing",
 }
 
 __getattr__, __dir__ = lazily(__name__, _HOMES)

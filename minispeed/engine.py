@@ -11,7 +11,7 @@ Clipping by the global norm: Pascanu et al. 2013, section 3.2 (https://arxiv.org
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from minispeed.collective.numbers import everyones, sums_of
 from minispeed.cut import Chain, cut_model
 from minispeed.errors import UserError
 from minispeed.model.generate import Reader
-from minispeed.optim import AdamW, check_elementwise, decay_groups
+from minispeed.optim import AdamW, check_elementwise, decay_groups, needs_closure
 from minispeed.parts import Layout, Lines, Part
 from minispeed.precision import Precision
 from minispeed.reader import reading
@@ -39,7 +39,7 @@ from minispeed.tensor.plan import Plan
 from minispeed.ties import Ties
 from minispeed.zero.absent import owner_of
 from minispeed.zero.sharded import Offload, ShardedModel
-from minispeed.zero.unit import Dtypes
+from minispeed.zero.unit import Dtypes, ShardedUnit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +182,7 @@ class Engine:
         except ValueError as error:
             how = "each a whole tensor" if zero == 0 else f"at ZeRO stage {zero} flat shards of many"
             raise UserError(f"the optimizer refuses the parameters, {how}: {error}", fix="zero=0, or AdamW") from error
-        check_elementwise(self.optimizer, zero, tp=layout.tp)
+        check_elementwise(self.optimizer, zero, pp=layout.pp, tp=layout.tp)
 
     @property
     def sharded(self) -> ShardedModel:
@@ -210,14 +210,16 @@ class Engine:
         num_supervised, num_tokens = sums_of(self.lines.dp, counts).tolist()
         # 2. gradients, times the loss scale
         scaler = self.scaler
-        total = self.runner.train(micro_batches, scaler.scale / max(1, num_supervised), observe)
+        train = partial(self.runner.train, micro_batches, scaler.scale / max(1, num_supervised), step=self.step)
+        total = train(observe)
         small = too_small(self.parts, self.lines, scaler.scale, self.names) if watch_small else {}
         # 3. one rate, one norm, one step
         rate = set_rates(self.optimizer.param_groups, self.schedule, self.lr, self.step)
-        norm = self.update()
+        loss = self._mean(total, num_supervised)
+        norm = self.update(lambda: loss, lambda: self._mean(train(), num_supervised))
         hopeless = self.skipped and scaler.is_at_floor
         return Report(
-            loss=sums_of(self.group, [total]).item() / max(1, num_supervised),
+            loss=loss,
             num_supervised=int(num_supervised),
             num_tokens=int(num_tokens),
             norm=norm,
@@ -233,26 +235,25 @@ class Engine:
         """What the gradient in the units is divided by at the step, the loss scale included."""
         return self.divisor / self.predivide * self.scaler.scale
 
+    def _mean(self, total: float, num_supervised: float) -> float:
+        """Return the loss of a token, given the sum of this rank's."""
+        return sums_of(self.group, [total]).item() / max(1, num_supervised)
+
     @torch.no_grad()
-    def update(self) -> float:
+    def update(self, *losses: Callable[[], float]) -> float:
         """Step with the gradients that lie in the units, or, where one is not finite on some rank, forget them.
 
+        losses   for an optimizer that evaluates several times in a step: what tells the loss of these gradients, and
+                 what computes loss and gradients again, at the parameters of then
         Returns  the gradient's norm before clipping; `skipped` says which it was
         """
         for part in self.parts:
             part.sharded.absorb()
         self.ties.sum()
-        divisor = self.gradient_divisor
         norm, is_finite = norm_of(self.parts, self.lines)
-        norm /= divisor
+        norm /= self.gradient_divisor
         if is_finite:
-            for unit in (unit for part in self.parts for unit in part.units):
-                # unit by unit, so that gradients in the masters' dtype exist for one unit at a time
-                unit.give_gradients(clip_factor(norm, self.clip) / divisor)
-                if unit.masters:
-                    self.optimizer.step()
-                for master in unit.masters:
-                    master.grad = None
+            self._step_at_once(norm, *losses) if needs_closure(self.optimizer) else self._step(norm)
             self.num_updates += 1
         for part in self.parts:
             part.sharded.publish() if is_finite else part.sharded.forget()
@@ -260,6 +261,45 @@ class Engine:
         self.scaler = self.scaler.after(self.skipped)
         self.step += 1
         return norm
+
+    def _units(self) -> Iterator[ShardedUnit]:
+        return (unit for part in self.parts for unit in part.units)
+
+    def _step(self, norm: float) -> None:
+        """Step unit by unit, so that gradients in the masters' dtype exist for one unit at a time."""
+        for unit in self._units():
+            unit.give_gradients(clip_factor(norm, self.clip) / self.gradient_divisor)
+            if unit.masters:
+                self.optimizer.step()
+            for master in unit.masters:
+                master.grad = None
+
+    def _step_at_once(
+        self, norm: float, first: Callable[[], float] | None = None, again: Callable[[], float] | None = None
+    ) -> None:
+        """Let the optimizer ask for loss and gradients as often as it likes; the first are there."""
+        if first is None or again is None:
+            what = f"{type(self.optimizer).__name__} computes gradients several times in a step"
+            raise UserError(what, fix="Engine.train_step, which can; or AdamW")
+        evaluate = first
+
+        def closure() -> float:
+            nonlocal evaluate, norm
+            if evaluate is again:
+                for part in self.parts:
+                    part.sharded.publish()
+            loss = evaluate()
+            if evaluate is again:
+                norm = norm_of(self.parts, self.lines)[0] / self.gradient_divisor
+            evaluate = again
+            for unit in self._units():
+                unit.give_gradients(clip_factor(norm, self.clip) / self.gradient_divisor)
+            return loss
+
+        self.optimizer.step(closure)
+        for unit in self._units():
+            for master in unit.masters:
+                master.grad = None
 
     def _find_nonfinite(self, micro_batches: Sequence[MicroBatch], num_supervised: float) -> str:
         """Run a skipped step's backward again and say where its first gradient that is not finite came from.
@@ -271,7 +311,7 @@ class Engine:
             for part in self.parts:
                 look = partial(_note_nonfinite, found, part)
                 stack.enter_context(part.sharded.watching(look))
-            self.runner.train(micro_batches, self.scaler.scale / max(1, num_supervised))
+            self.runner.train(micro_batches, self.scaler.scale / max(1, num_supervised), step=self.step - 1)
         for part in self.parts:
             part.sharded.forget()
         names = self.names

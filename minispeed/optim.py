@@ -24,13 +24,13 @@ from torch.optim.sgd import sgd
 from minispeed.errors import UserError
 
 _FLAT = "and from ZeRO stage 1 on a rank holds flat pieces of them"
-# torch's optimizers that are not element-wise: the lowest stage that refuses each, and why
+# torch's optimizers that are not element-wise: what they do that flat pieces of parameters do not allow
 NOT_ELEMENTWISE = {
-    "Muon": (1, f"looks at whole matrices, {_FLAT}"),
-    "Adafactor": (1, f"looks at rows and columns of whole matrices, {_FLAT}"),
-    "LBFGS": (0, "looks at all parameters at once and calls a closure, and a step's gradients are computed once"),
-    "SparseAdam": (0, "needs sparse gradients, and the engine's are dense"),
+    "Muon": f"looks at whole matrices, {_FLAT}",
+    "Adafactor": f"looks at rows and columns of whole matrices, {_FLAT}",
+    "LBFGS": f"looks at all parameters at once, {_FLAT}",
 }
+NEVER = {"SparseAdam": "needs sparse gradients, and the engine's are dense"}
 
 
 class _Elementwise(torch.optim.Optimizer):
@@ -205,21 +205,30 @@ class SGD(_Elementwise):
         )
 
 
-def check_elementwise(optimizer: torch.optim.Optimizer, stage: int, *, tp: int = 1) -> None:
+def check_elementwise(optimizer: torch.optim.Optimizer, stage: int, *, pp: int = 1, tp: int = 1) -> None:
     """Refuse an optimizer of torch's that would compute something else than it does on whole parameters.
 
     stage   of ZeRO
-    tp      ranks that share each layer's width
+    pp, tp  ranks that share the model's depth, and each layer's width
     Raises  UserError with the reason. What is not torch's is taken to be element-wise
     """
-    for name, (refused_from, reason) in NOT_ELEMENTWISE.items():
+    for name, reason in (NOT_ELEMENTWISE | NEVER).items():
         kind = getattr(torch.optim, name, None)  # not every torch has every one
         if kind is None or not isinstance(optimizer, kind):
             continue
-        if stage >= refused_from:
-            raise UserError(f"{name} {reason}", fix="ZeRO stage 0, or AdamW" if refused_from else "AdamW")
+        if name in NEVER:
+            raise UserError(f"{name} {reason}", fix="AdamW")
+        if stage:
+            raise UserError(f"{name} {reason}", fix="ZeRO stage 0, or AdamW")
         if tp > 1:
             raise UserError(f"{name} looks at whole matrices, and tp={tp} cuts them", fix="tp=1, or AdamW")
+        if pp > 1 and needs_closure(optimizer):
+            raise UserError(f"{name} looks at all parameters at once, and pp={pp} shares them", fix="pp=1, or AdamW")
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer asks for the loss and its gradients again, at other values, within one step."""
+    return isinstance(optimizer, torch.optim.LBFGS)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

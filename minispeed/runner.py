@@ -6,11 +6,13 @@ is one of those. Rows are shared out before, by tokens, where several ranks shar
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from minispeed.errors import UserError
+from minispeed.model.dropout import drops_out
 from minispeed.model.loss import IGNORED
 from minispeed.parts import Layout, Lines, Part
 from minispeed.pipeline.actions import Program
@@ -23,20 +25,39 @@ from minispeed.sequence.cut import SequenceCut
 from minispeed.zero.sharded import ShardedModel
 
 
-class MicroBatch(NamedTuple):
+class _Fields(NamedTuple):
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    documents: Tensor
+    tasks: Tensor
+    cells: Tensor
+
+
+class MicroBatch(_Fields):
     """Rows of tokens, everything attached before any cut. All (B, T) int64.
 
     labels     the token that should follow, -100 where nothing is learnt
     positions  place of each token in its document
     documents  which document of the row it belongs to, -1 for padding
     tasks      which task its loss is counted under
+    cells      where in the step it stands, for dropout: as `cells_of`; -1, unknown, when absent
     """
 
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor
-    documents: Tensor
-    tasks: Tensor
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        documents: Tensor,
+        tasks: Tensor,
+        cells: Tensor | None = None,
+    ) -> "MicroBatch":
+        """Make one; every field is a tensor, so that all can be moved and cut alike."""
+        cells = torch.full_like(tokens, UNKNOWN) if cells is None else cells
+        return super().__new__(cls, tokens, labels, positions, documents, tasks, cells)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the same rows on another device."""
@@ -48,7 +69,8 @@ class MicroBatch(NamedTuple):
         return int((self.labels != IGNORED).sum())
 
 
-PADDING = {"tokens": 0, "labels": IGNORED, "positions": 0, "documents": -1, "tasks": 0}
+UNKNOWN = -1  # where a token stands in the step
+PADDING = {"tokens": 0, "labels": IGNORED, "positions": 0, "documents": -1, "tasks": 0, "cells": UNKNOWN}
 Observe = Callable[[MicroBatch, Tensor], None]
 
 
@@ -66,17 +88,23 @@ class Runner:
         self.timeline: Timeline | None = None  # of the last run, this rank's events
         self._programs: dict[int, list[Program]] = {}
 
-    def train(self, micro_batches: Sequence[MicroBatch], weight: float, observe: Observe = ignore) -> float:
+    def train(
+        self, micro_batches: Sequence[MicroBatch], weight: float, observe: Observe = ignore, *, step: int
+    ) -> float:
         """Leave the gradients of the summed losses, times `weight`, in the parts' units.
 
         observe  is given each micro-batch, this rank's tokens of it, with its losses, nats: where they count
+        step     its number, which dropout is drawn by
         Returns  the sum of those losses
+        Raises   UserError if the model has dropout, and a micro-batch does not know its cells
         """
-        return self._run(micro_batches, weight, self._program(len(micro_batches)), observe)
+        if any(drops_out(part.sharded.module) for part in self.parts):
+            check_cells(micro_batches)
+        return self._run(micro_batches, weight, self._program(len(micro_batches)), observe, step)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], observe: Observe) -> None:
         """Run forward alone; `observe` as in `train`."""
-        self._run(micro_batches, 1.0, forward_only(self._program(len(micro_batches))), observe)
+        self._run(micro_batches, 1.0, forward_only(self._program(len(micro_batches))), observe, None)
 
     def _program(self, micros: int) -> list[Program]:
         if micros not in self._programs:
@@ -84,7 +112,12 @@ class Runner:
         return self._programs[micros]
 
     def _run(
-        self, micro_batches: Sequence[MicroBatch], weight: float, programs: Sequence[Program], observe: Observe
+        self,
+        micro_batches: Sequence[MicroBatch],
+        weight: float,
+        programs: Sequence[Program],
+        observe: Observe,
+        step: int | None,
     ) -> float:
         here = [self._share(micro.to(self.device)) for micro in micro_batches]
         total = 0.0
@@ -97,7 +130,7 @@ class Runner:
 
         stages = {
             part.stage: Stage(
-                run=partial(_run_part, part, here),
+                run=partial(_run_part, part, here, step),
                 loss=lambda outputs, micro: outputs[0].sum() * weight,
                 backward=Reducing(part.sharded, len(here)),
             )
@@ -113,9 +146,18 @@ class Runner:
         return MicroBatch(*(self.sequence.share(x, fill=PADDING[name]) for name, x in micro._asdict().items()))
 
 
-def _run_part(part: Part, micro_batches: Sequence[MicroBatch], inputs: Bundle, micro: int) -> Bundle:
-    tokens, labels, positions, documents, tasks = micro_batches[micro]
-    return part.run(inputs, tokens, labels, positions=positions, documents=documents, tasks=tasks)
+def check_cells(micro_batches: Sequence[MicroBatch]) -> None:
+    """Raise UserError if a token does not know where in the step it stands."""
+    for number, micro in enumerate(micro_batches):
+        if (micro.cells == UNKNOWN).any():
+            what = f"dropout is drawn by where in the step a token stands, and micro-batch {number} has no cells"
+            raise UserError(what, fix="MicroBatch(.., cells=cells_of(rows, T)), rows those of the step that these are")
+
+
+def _run_part(part: Part, micro_batches: Sequence[MicroBatch], step: int | None, inputs: Bundle, micro: int) -> Bundle:
+    tokens, labels, positions, documents, tasks, cells = micro_batches[micro]
+    drawn: dict[str, Any] = {"cells": cells, "step": step} if drops_out(part.sharded.module) else {}
+    return part.run(inputs, tokens, labels, positions=positions, documents=documents, tasks=tasks, **drawn)
 
 
 class Reducing:

@@ -90,7 +90,7 @@ def others_of(name: str) -> list:
     key, found = TABLE[name], []
     candidates = {"optimizer.type": ["AdamW"], "scheduler.type": ["LRRangeTest"]}
     for value in candidates.get(
-        name, [True, False, 2, 3, 0.5, "cpu", "fp64", "Fail", "mock", "liger", "socket", ["a"], {"a": 1}]
+        name, [True, False, 2, 3, 0.5, "cpu", "fp64", "Fail", "mock", "liger", "socket", "gpipe", ["a"], {"a": 1}]
     ):
         try:
             read = read_value(name, value, key.type, example(key))
@@ -526,6 +526,18 @@ def test_explain_shows_each_value_and_what_it_costs(tmp_path, capsys, stage):
     assert all(note in shown for note in config.notes) and config.notes
     total = paper_bytes(10**9, ranks=4, stage=stage) / 1e9
     assert re.search(rf"together +{total:g} bytes per parameter +{total:.3f} GB", shown)
+
+
+@pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 2), (2, 5), (3, 12)])
+def test_explain_says_what_a_pipeline_costs_zero(tmp_path, capsys, stage, times):
+    path = tmp_path / "ds.json"
+    said = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4}
+    path.write_text(json.dumps(said | {"zero_optimization": {"stage": stage}}))
+    assert main(["explain", str(path), "--ranks", "2", "--pp", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert f"It sends {times} x 1/2 of the parameters of its stage, 1/3 of the model's, in a step of 4" in shown
+    assert ("summed by themselves: 4 instead of 1" in shown) == (stage >= 2)
+    assert ("its forward and for its backward: 8 instead of 1" in shown) == (stage == 3)
 
 
 def test_explain_counts_offloaded_masters_and_other_optimizers(tmp_path, capsys):

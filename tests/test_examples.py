@@ -24,6 +24,7 @@ FALLS = {  # what falls in each script, and to which part of its first value at 
     "image_classifier": ("loss", 0.1),
     "gan": ("distance", 0.4),
     "bert": ("loss", 0.8),
+    "pipeline": ("loss", 0.1),
     "gpt2_sft": ("loss", 0.6),
 }
 FLAGS = {  # on one rank and on two
@@ -83,6 +84,7 @@ class Scripts:
         flags = {name: [name, *FLAGS.get(name, [[], []])[1]] for name in self.names}
         flags["bert"] += ["--checkpoints", str(self.checkpoints)]
         flags["resumed"] = [*flags["bert"], "--resume"]
+        flags["pipeline"] = flags.pop("pipeline")  # last: DeepSpeed makes no other engine after it in one process
         (self.folder / "driver.py").write_text(DRIVER)
         runs = [[name, str(self.folder / f"{script}.py"), *more] for name, (script, *more) in flags.items()]
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]

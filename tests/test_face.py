@@ -19,12 +19,14 @@ FRAGMENTS = " ".join(
     for part in ("full", "local")
     for what in ("fp32_param", "grad", "optimizer_state")
 )
+LAYERS = "LayerSpec PipelineModule TiedLayerSpec"
 CHECKPOINTING = "checkpoint configure is_configured non_reentrant_checkpoint reset"
 ZERO = "GatheredParameters Init register_external_parameter unregister_external_parameter"
 NAMES = {  # what scripts import, by the part of DeepSpeed that they import it from
-    "": "DeepSpeedConfig DeepSpeedConfigError DeepSpeedEngine OnDevice RepeatingLoader __version__ accelerator "
+    "": "DeepSpeedConfig DeepSpeedConfigError DeepSpeedEngine OnDevice PipelineEngine PipelineModule "
+    "RepeatingLoader __version__ accelerator "
     "add_config_arguments add_tuning_arguments checkpointing comm get_accelerator init_distributed initialize launch "
-    "log_dist logger ops runtime utils zero",
+    "log_dist logger ops pipe runtime utils zero",
     "accelerator": "get_accelerator",
     "checkpointing": CHECKPOINTING,
     "comm": "P2POp ReduceOp all_gather all_gather_into_tensor all_gather_object all_reduce all_to_all "
@@ -34,7 +36,8 @@ NAMES = {  # what scripts import, by the part of DeepSpeed that they import it f
     "reduce_scatter_tensor scatter send",
     "ops": "adam",
     "ops.adam": "DeepSpeedCPUAdam FusedAdam",
-    "runtime": "activation_checkpointing config dataloader engine lr_schedules utils zero",
+    "pipe": LAYERS,
+    "runtime": "activation_checkpointing config dataloader engine lr_schedules pipe utils zero",
     "runtime.activation_checkpointing": "checkpointing",
     "runtime.activation_checkpointing.checkpointing": CHECKPOINTING,
     "runtime.config": "DeepSpeedConfig DeepSpeedConfigError",
@@ -42,6 +45,10 @@ NAMES = {  # what scripts import, by the part of DeepSpeed that they import it f
     "runtime.engine": "DeepSpeedEngine",
     "runtime.lr_schedules": "LRRangeTest OneCycle VALID_LR_SCHEDULES WarmupCosineLR WarmupDecayLR WarmupLR "
     "add_tuning_arguments",
+    "runtime.pipe": f"{LAYERS} ProcessTopology engine module topology",
+    "runtime.pipe.engine": "PipelineEngine",
+    "runtime.pipe.module": f"{LAYERS} PipelineError",
+    "runtime.pipe.topology": "PipeDataParallelTopology PipeModelDataParallelTopology ProcessTopology",
     "runtime.utils": "see_memory_usage set_random_seed",
     "runtime.zero": ZERO,
     "runtime.zero.partition_parameters": ZERO,

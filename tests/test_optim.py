@@ -8,7 +8,7 @@ from torch import nn
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
-from minispeed.optim import NOT_ELEMENTWISE, SGD, Adam, AdamW, check_elementwise, decay_groups
+from minispeed.optim import NEVER, NOT_ELEMENTWISE, SGD, Adam, AdamW, check_elementwise, decay_groups
 
 settings_of_adam = st.fixed_dictionaries(
     {
@@ -136,10 +136,10 @@ def allows(kind: type[torch.optim.Optimizer], stage: int) -> bool:
 def test_the_refused_are_those_that_torch_has():
     """The stages from which each is refused, said by the class; every other of torch's passes everywhere."""
     names = [{kind.__name__ for kind in TORCHS if not allows(kind, stage)} for stage in range(4)]
-    never, whole = {"LBFGS", "SparseAdam"}, {"Muon", "Adafactor"}
+    never, whole = {"SparseAdam"}, {"Muon", "Adafactor", "LBFGS"}
     there = {kind.__name__ for kind in TORCHS}
     assert names == [never & there] + 3 * [(never | whole) & there]
-    assert never | whole == NOT_ELEMENTWISE.keys()
+    assert never == NEVER.keys() and whole == NOT_ELEMENTWISE.keys()
 
 
 @pytest.mark.parametrize("kind", [*filter(lambda kind: allows(kind, 1), TORCHS), AdamW, Adam, SGD])
@@ -170,7 +170,7 @@ def moved(kind, pieces: int) -> torch.Tensor:
     [
         ("Muon", 1, "Muon looks at whole matrices, and from ZeRO stage 1 on.*flat pieces.*try: ZeRO stage 0, or AdamW"),
         ("Adafactor", 3, "Adafactor looks at rows and columns"),
-        ("LBFGS", 0, "LBFGS looks at all parameters.*closure.*computed once; try: AdamW"),
+        ("LBFGS", 1, "LBFGS looks at all parameters at once.*flat pieces.*try: ZeRO stage 0, or AdamW"),
         ("SparseAdam", 0, "SparseAdam needs sparse gradients.*dense"),
     ],
 )

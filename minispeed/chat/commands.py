@@ -64,6 +64,9 @@ class SftOptions(Options):
     )
     deep_dilation: int = option(1, help="dwa: every so many of the earlier layers", low=1, group=MODEL)
     deep_period: int = option(1, help="dwa: after every so many layers", low=1, group=MODEL)
+    dropout: float | None = option(
+        None, by_case=True, help="share of the features that are dropped in training", low=0, high=0.99, group=MODEL
+    )
     dtype: str = option(
         "auto",
         help="of parameters and products; auto measures",
@@ -241,6 +244,7 @@ class ExplainOptions(Options):
 
     file: Path | None = option(None, positional=True, help="a DeepSpeed configuration, in JSON", metavar="FILE")
     ranks: int = option(1, help="data-parallel ranks", low=1)
+    pp: int = option(1, help="ranks that share the model's depth: stages of a pipeline", low=1)
     parameters: str | None = option(None, help="how many the model has, for its memory in all", metavar="124M")
     keys: bool = option(False, help="print every key that a configuration may have (docs/config.md), and stop")
 

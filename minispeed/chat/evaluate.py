@@ -28,6 +28,7 @@ from minispeed.chat.score import Answered, bleu, found_by, has_answer, split_las
 from minispeed.collective.group import Group, SoloGroup
 from minispeed.collective.world import best_device
 from minispeed.errors import UserError
+from minispeed.model.dropout import cells_of
 from minispeed.model.generate import Reader, Sampling, generate
 from minispeed.model.loss import IGNORED
 from minispeed.parts import Lines
@@ -67,7 +68,8 @@ def micro_batches(batch: Batch, size: int, group: Group | None = None, *, all: b
     wanted: every rank has as many.
     """
     group = group or SoloGroup()
-    columns = [torch.from_numpy(column[group.rank :: group.size]).split(size) for column in batch]
+    whole = [*map(torch.from_numpy, batch), cells_of(range(len(batch.labels)), batch.labels.shape[1])]
+    columns = [column[group.rank :: group.size].split(size) for column in whole]
     of_all = torch.from_numpy(batch.labels).split(size * group.size)
     cut = [MicroBatch(*(part.contiguous() for part in parts)) for parts in zip(*columns)]
     return [micro for micro, labels in zip(cut, of_all) if all or (labels != IGNORED).any()] or cut[:1]

@@ -32,7 +32,8 @@ def explain(options: ExplainOptions) -> int:
     print("\n".join(value_lines(config)), flush=True)
     if config.notes:
         print("", *config.notes, sep="\n")
-    print("", *cost_lines(config, options.ranks, parameters), sep="\n")
+    print("", *cost_lines(config, options.ranks, parameters and parameters // options.pp), sep="\n")
+    print("", *message_lines(config, options.ranks, options.pp), sep="\n")
     return 0
 
 
@@ -71,6 +72,24 @@ def cost_lines(config: Config, ranks: int, parameters: int | None) -> list[str]:
     for what, (size, is_away) in {**places, "together": (cost.total, False)}.items():
         whole = f"  {size / 1e9:12,.3f} GB" if parameters else ""
         lines.append(f"  {what:16}  {size / count:7.4g} bytes per parameter{whole}{', on the CPU' * is_away}")
+    return lines
+
+
+def message_lines(config: Config, ranks: int, pp: int) -> list[str]:
+    """Return what a rank sends to those that hold other shards, in a step; and why it is more than two times all."""
+    from minispeed.ledger import sent
+
+    micros, stage = config.batch.accumulation, config.zero.stage
+    of = f"the parameters of its stage, 1/{pp} of the model's" if pp > 1 else "the parameters"
+    if ranks == 1:
+        return [f"It sends nothing of {of}: there is one data-parallel rank."]
+    times, least = (sent([ranks], ranks=ranks, stage=s, micro=micros) / (ranks - 1) for s in (stage, 1))
+    batches = f"{micros} micro-batch{'es' * (micros > 1)}"
+    lines = [f"It sends {times:g} x {ranks - 1}/{ranks} of {of}, in a step of {batches}; stage 1 sends {least:g}."]
+    if stage >= 2 and micros > 1:
+        lines.append(f"Each of the {batches} has its gradients summed by themselves: {micros} instead of 1.")
+    if stage == 3:
+        lines.append(f"Each gathers the parameters for its forward and for its backward: {2 * micros} instead of 1.")
     return lines
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from minispeed.chat.commands import SftOptions
-from minispeed.chat.defaults import DEFAULT_SEQ, count_ranks, fill_in
+from minispeed.chat.defaults import DEFAULT_SEQ, Choice, count_ranks, fill_in
 from minispeed.chat.interrupts import interrupts_left_to_ranks
 from minispeed.chat.prepare import prepare
 from minispeed.chat.prepared import Prepared
@@ -69,6 +69,9 @@ def run_rank(world: World, options: SftOptions) -> int:
     chat, prepared, from_scratch = opened or open_model_and_data(options)
     chat.model.to(world.device)
     options, choices = fill_in(options, chat.model.config, from_scratch=from_scratch)
+    if options.dropout is None:
+        options = replace(options, dropout=chat.model.config.dropout)
+        choices.append(Choice("dropout", options.dropout, "the model's own"))
     precision = agree_on_precision(options.dtype, group)
     options = replace(options, dtype=precision.name, threads=threads)
     num_parameters = sum(p.numel() for p in chat.model.parameters())
@@ -133,13 +136,16 @@ def open_model_and_data(options: SftOptions) -> tuple[ChatModel, Prepared, bool]
     )
     if from_scratch:
         deep = {"deep": options.deep, "deep_dilation": options.deep_dilation, "deep_period": options.deep_period}
-        config = preset(options.model, vocab_size=prepared.tokenizer.size, attention=options.attention, **deep)
+        how: dict[str, Any] = {"attention": options.attention, "dropout": options.dropout or 0.0, **deep}
+        config = preset(options.model, vocab_size=prepared.tokenizer.size, **how)
         if config.positions == "rotary":  # it reads as far as it was trained, and says so
             config = replace(config, max_positions=options.seq or min(DEFAULT_SEQ, config.max_positions))
         chat = ChatModel(GPT(config, seed=options.seed), prepared.tokenizer, prepared.template)
     else:
         chat = ChatModel.load(directory, attention=options.attention)
         check_vocabulary(chat.model.config, prepared.tokenizer, directory)
+        p = chat.model.config.dropout if options.dropout is None else options.dropout
+        chat.model.set_dropout(p, seed=options.seed)
     return chat, prepared, from_scratch
 
 

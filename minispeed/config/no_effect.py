@@ -8,7 +8,6 @@ from typing import Any
 
 from minispeed.config.check import (
     AMOUNT,
-    BLOCK,
     BOOLEAN,
     COUNT,
     FRACTION,
@@ -141,15 +140,28 @@ NO_EFFECT_WHY: dict[str, Keys] = {
         "timers.throughput.synchronized": (BOOLEAN, True),
     },
     "nothing is sent along a sequence axis": {"seq_parallel_communication_data_type": (maybe(TEXT), "fp32")},
-    "it goes with tensor_parallel.autotp_size above 1, which is refused": {
-        "tensor_parallel.preset_model": (maybe(TEXT), None),
-        "tensor_parallel.partition_config": (maybe(BLOCK), None),
-        "tensor_parallel.tp_overlap_comm": (BOOLEAN, False),
-        "tensor_parallel.vocab_parallel_lm_head": (maybe(BOOLEAN), None),
-        "tensor_parallel.vocab_parallel_ce_backend": (choice("torch", "liger"), "torch"),
-        "tensor_parallel.dtype": (maybe(TEXT), None),
-        "tensor_parallel.keep_module_on_host": (BOOLEAN, False),
+    "how a model is cut is found from the names of its modules": {"tensor_parallel.preset_model": (maybe(TEXT), None)},
+    "what a layer's ranks have is summed before the next layer begins": {
+        "tensor_parallel.tp_overlap_comm": (BOOLEAN, False)
     },
+    "the head is whole, and so is its loss": {
+        "tensor_parallel.vocab_parallel_ce_backend": (choice("torch", "liger"), "torch"),
+    },
+    "fp16 and bf16 say the compute dtype": {"tensor_parallel.dtype": (maybe(TEXT), None)},
+    "a model is cut on the device that it is moved to": {"tensor_parallel.keep_module_on_host": (BOOLEAN, False)},
+    "every rank has as many heads and features": {
+        "tensor_parallel.tp.tp_grain_size": (ONE_OR_MORE, 1),
+        "tensor_parallel.tensor_parallel.tp_grain_size": (ONE_OR_MORE, 1),
+    },
+    "PipelineModule says it": {
+        "pipeline.partition": (TEXT, "best"),
+        "pipeline.seed_layers": (BOOLEAN, False),
+    },
+    "what goes from stage to stage goes whole": {
+        "pipeline.pipe_partitioned": (BOOLEAN, True),
+        "pipeline.grad_partitioned": (BOOLEAN, True),
+    },
+    "recomputation is never re-entrant": {"pipeline.use_reentrant": (BOOLEAN, True)},
     "Python's collector of garbage is left alone": {"disable_python_gc": (BOOLEAN, False)},
     "DeepSpeed only warns of sizes that 8 does not divide": {"vocabulary_size": (maybe(COUNT), None)},
     "there is no log, only what rank 0 prints": {"log_level": (maybe(TEXT), None)},

@@ -85,7 +85,7 @@ NOT_MADE = {
     "Lion": "it is not here yet",
     "Muon": "it looks at whole matrices, and from stage 1 on a rank holds flat pieces of them",
     "Adafactor": "it looks at rows and columns of matrices, and from stage 1 on a rank holds flat pieces of them",
-    "LBFGS": "it calls a closure, and a step's gradients are computed once",
+    "LBFGS": "it computes gradients several times in a step, and here the script does, once",
     "SparseAdam": "it needs sparse gradients, and they are dense here",
     "MuAdam": _MUP,
     "MuAdamW": _MUP,

@@ -23,16 +23,22 @@ BATCH = (TRAIN, MICRO, ACCUMULATION)
 STAGE, OVERLAP = "zero_optimization.stage", "zero_optimization.overlap_comm"
 GRADIENTS, MESSAGES = "data_types.grad_accum_dtype", "communication_data_type"
 SWITCHES = "fp16.enabled, bf16.enabled"
+WIDTH = ("tensor_parallel.autotp_size", "tensor_parallel.tp.tp_size")
 DEVICES = ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device")
 
 
 def read_config(
-    source: Mapping[str, Any] | str | Path | None, *, data_parallel: int = 1, flat: Mapping[str, Any] = {}
+    source: Mapping[str, Any] | str | Path | None,
+    *,
+    data_parallel: int = 1,
+    ranks: int | None = None,
+    flat: Mapping[str, Any] = {},
 ) -> Config:
     """Read a configuration with DeepSpeed's keys.
 
     source         a dict, or the path of a JSON file
     data_parallel  ranks that share a batch
+    ranks          instead of it, all ranks: those that share each layer's width have the same rows
     flat           settings in the flat dialect; see `minispeed.config.flat`
     Raises         DeepSpeedConfigError that names the key, the value and the fix
     """
@@ -43,7 +49,7 @@ def read_config(
     is_free = not found.values[STAGE] or found.values["zero_allow_untested_optimizer"]
     _settle("optimizer", "AdamW", given, found, partial(read_optimizer, any_of_torch=is_free))
     _settle("scheduler", "WarmupLR", given, found, partial(read_scheduler, lr=found.values.get(f"{OPTIMIZER}lr")))
-    _settle_batch(found, given, data_parallel)
+    _settle_batch(found, given, data_parallel if ranks is None else ranks // _width(found.values, given, ranks))
     _derive(found)
     return build(Config, found.values, notes=(*notes, *found.notes), origins=found.origins, raw=raw)
 
@@ -62,6 +68,19 @@ def _refuse_contradictions(values: Mapping[str, Any], given: Mapping[str, Given]
     if values[DEVICES[1]] == "cpu" and values[STAGE] != 3:
         what = f'"{given[DEVICES[1]].name}" asks for parameters on the CPU at stage {values[STAGE]}; only stage 3 can'
         raise DeepSpeedConfigError(what, fix=typed(STAGE, 3))
+    width, other = (values[name] for name in WIDTH)
+    if width and other not in (1, width):
+        what = f'"{given[WIDTH[0]].name}" is {width}, but "{given[WIDTH[1]].name}" is {other}'
+        raise DeepSpeedConfigError(what, fix=typed(WIDTH[1], width))
+
+
+def _width(values: Mapping[str, Any], given: Mapping[str, Given], ranks: int) -> int:
+    """Return how many ranks share each layer's width.  Raises DeepSpeedConfigError if they do not divide all"""
+    name, width = max(((name, values[name]) for name in WIDTH), key=lambda pair: pair[1])
+    if ranks % max(1, width):
+        what = f'"{given[name].name}" is {width}, which does not divide {ranks} rank{"s" * (ranks != 1)}'
+        raise DeepSpeedConfigError(what, fix=f"{-(-ranks // width) * width} ranks, or {typed(name, 1)}")
+    return max(1, width)
 
 
 def _settle(part: str, usual: str, given: Mapping[str, Given], found: Sifted, read: Callable[..., Any]) -> None:

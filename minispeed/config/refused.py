@@ -59,16 +59,20 @@ REFUSED_WHY: dict[tuple[str, str], Mapping[str, Any]] = {  # (reason, what to wr
         f"{ZERO}offload_optimizer.ratio": 1.0,
         f"{ZERO}offload_optimizer.super_offload": False,
     },
-    ("tensor parallelism takes no configuration yet", '"tensor_parallel": {"autotp_size": 1}'): {
-        "tensor_parallel.autotp_size": 1,
-        "tensor_parallel.tp": None,
-        "tensor_parallel.tensor_parallel": None,
+    ("layers are cut by the names of their modules, with no rules beside", ""): {
+        "tensor_parallel.partition_config": None,
         "tensor_parallel.injection_policy_tuple": None,
+    },
+    ("the vocabulary is whole on every rank", ""): {"tensor_parallel.vocab_parallel_lm_head": None},
+    ("there are no kernels to put in", ""): {
         "tensor_parallel.replace_with_kernel_inject": False,
         "tensor_parallel.kernel_inject": False,
     },
+    ("groups are no JSON", "initialize(mpu=...)"): {
+        f"tensor_parallel.{block}.{name}": None for block in ("tp", "tensor_parallel") for name in ("mpu", "tp_group")
+    },
     ("sequence parallelism takes no configuration yet", '"sequence_parallel_size": 1'): {"sequence_parallel_size": 1},
-    ("pipelines take no configuration yet", ""): {"pipeline": None},
+    ("PipelineModule says how many stages there are", "PipelineModule(num_stages=...)"): {"pipeline.stages": "auto"},
     (EXPERTS, ""): {"expert_parallel": None, "use_data_before_expert_parallelism": False},
     ("nothing is generated while training, and nothing is quantised", ""): {
         "hybrid_engine": None,

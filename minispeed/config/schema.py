@@ -142,6 +142,33 @@ class Zero:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorParallel:
+    """How many ranks share each layer's width. DeepSpeed takes `tp_size` only beside an equal `autotp_size`."""
+
+    autotp_size: int = honoured(
+        COUNT, 0, "ranks that share each layer's width, and its rows; 0 or 1: every rank is whole"
+    )
+    tp_size: int = honoured(ONE_OR_MORE, 1, "the same, where `autotp_size` is not given", key="tp.tp_size")
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks together hold one copy of the model."""
+        return max(self.autotp_size, self.tp_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """How the stages of a PipelineModule run; the rest is said to PipelineModule itself."""
+
+    schedule: str = honoured(
+        choice("1f1b", "gpipe", "zb_h1"), "1f1b", "a key of our own: in which order a rank runs forwards and backwards"
+    )
+    activation_checkpoint_interval: int = honoured(
+        COUNT, 0, "so many layers are recomputed together; 0: as PipelineModule was told"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataTypes:
     """Dtypes beside the one that is computed in."""
 
@@ -186,6 +213,8 @@ class Config:
     fp16: Fp16 = section("fp16")
     bf16: Bf16 = section("bf16")
     zero: Zero = section("zero_optimization")
+    tensor_parallel: TensorParallel = section("tensor_parallel")
+    pipeline: Pipeline = section("pipeline")
     data_types: DataTypes = section("data_types")
     tensorboard: Monitor = section("tensorboard")
     csv_monitor: Monitor = section("csv_monitor")

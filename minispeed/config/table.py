@@ -25,6 +25,7 @@ ALIASES: dict[str, Alias] = {
     f"{ZERO}stage3_gather_fp16_weights_on_model_save": (f"{ZERO}stage3_gather_16bit_weights_on_model_save", {}),
     f"{ZERO}cpu_offload": (f"{ZERO}offload_optimizer.device", CPU),
     f"{ZERO}cpu_offload_param": (f"{ZERO}offload_param.device", CPU),
+    "tensor_parallel.tensor_parallel.tp_size": ("tensor_parallel.tp.tp_size", {}),
 }
 
 

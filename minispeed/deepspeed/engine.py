@@ -28,6 +28,7 @@ from minispeed.deepspeed.answers import Answers
 from minispeed.deepspeed.fragments import register
 from minispeed.deepspeed.optimizer import EngineOptimizer
 from minispeed.deepspeed.reporter import Reporter
+from minispeed.deepspeed.slices import Slices
 from minispeed.deepspeed.zero_grad import ZeroGrad
 from minispeed.engine import Engine
 from minispeed.errors import UserError
@@ -53,6 +54,7 @@ class DeepSpeedEngine(Answers):
         self._reporter = Reporter(config, world, trace)
         self.timers, self.tput_timer = self._reporter.timers, self._reporter.throughput
         self.monitor = self._reporter.monitor
+        self._slices = Slices(module, core)
         if core is not None:
             register(core)
             module.zero_grad = ZeroGrad(self)  # type: ignore[method-assign]
@@ -229,9 +231,10 @@ class DeepSpeedEngine(Answers):
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
         """Return the module's parameters and buffers, whole, on every rank."""
-        with self.gathered():
+        with self.gathered(), self._slices.readable():
             found: dict[str, Any] = {} if destination is None else destination
             self.module.state_dict(destination=found, prefix=prefix, keep_vars=keep_vars)
+            self._slices.join(found, prefix)
         if exclude_frozen_parameters:
             for name, p in self.module.named_parameters():
                 if not p.requires_grad:
@@ -241,7 +244,7 @@ class DeepSpeedEngine(Answers):
     def load_module_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Replace parameters and buffers; rank 0's values count. The masters follow."""
         with self.gathered():
-            self.module.load_state_dict(state_dict, strict=strict)
+            self.module.load_state_dict(self._slices.cut(state_dict), strict=strict)
             for unit in () if self.core is None else self.core.sharded.units:
                 unit.take(0)
 
@@ -259,7 +262,7 @@ class DeepSpeedEngine(Answers):
             unit.at("after forward")
 
     def destroy(self) -> None:
-        """Give the module back as an ordinary one, whole."""
+        """Give the module back as an ordinary one, whole but for layers that are cut by width."""
         if self.core is not None:
             self.core.sharded.dissolve()
             del self.module.zero_grad

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minispeed.collective.numbers import any_of
+from minispeed.deepspeed.slices import joined, shape_of, slice_of
 from minispeed.engine import Engine
 from minispeed.errors import UserError
 from minispeed.layout import Interval
@@ -40,7 +41,7 @@ class _Part:
             raise UserError("this parameter is no engine's", fix="a parameter of the model given to initialize")
         self.unit, self.core = owner, _engines[owner]
         self.name = next(name for name, p in owner.parameters.items() if p is param)
-        self.shape = owner.layout.shapes[self.name]
+        self.slice, self.shape = slice_of(self.core, self.name), shape_of(self.core, owner, self.name)
         held = (piece[1:] for piece in owner.layout.pieces(owner.part) if piece[0] == self.name)
         self.elements, self.place = next(held, (Interval(0, 0), Interval(0, 0)))
 
@@ -48,14 +49,14 @@ class _Part:
         """Gather what all ranks hold of this parameter.
 
         shard    (S,)
-        Returns  (its shape)
-        Sends    S (N - 1) elements per rank (all-gather)
+        Returns  (its shape, that of the uncut model)
+        Sends    S (N - 1) elements per rank (all-gather); then, of a cut layer, its slice (tp - 1) times
         """
         flat = shard
         if not self.unit.whole:
             flat = shard.new_empty(self.unit.layout.size)
             self.unit.group.all_gather(flat, shard.contiguous()).wait()
-        return self.unit.layout.views(flat)[self.name].clone()
+        return joined(self.unit.layout.views(flat)[self.name].clone(), self.slice, self.core.lines.tp)
 
     def mine(self, shard: Tensor) -> Tensor:
         """Return what this rank holds of this parameter, a flat view."""
@@ -66,7 +67,7 @@ class _Part:
         if tuple(value.shape) != tuple(self.shape):
             what = f"{self.name} has the shape {tuple(self.shape)}, the value {tuple(value.shape)}"
             raise UserError(what, fix="a value of the parameter's shape")
-        self.mine(shard).copy_(value.detach().flatten()[slice(*self.elements)])
+        self.mine(shard).copy_(self.slice.of(value.detach()).flatten()[slice(*self.elements)])
 
     def put_mine(self, shard: Tensor, value: Tensor) -> None:
         """Write my piece, given flat."""

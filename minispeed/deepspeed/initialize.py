@@ -9,6 +9,7 @@ https://deepspeed.readthedocs.io/en/latest/initialize.html
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from torch import nn
 
 from minispeed.collective.agree import agree
-from minispeed.collective.group import Group
 from minispeed.collective.trace import Trace, Traced
 from minispeed.collective.world import current_world
 from minispeed.config import Config, read_config, values_of
@@ -24,7 +24,12 @@ from minispeed.deepspeed.engine import DeepSpeedEngine
 from minispeed.deepspeed.loader import make_loader
 from minispeed.deepspeed.logging import print_rank_0
 from minispeed.deepspeed.lr_schedules import SCHEDULERS
+from minispeed.deepspeed.mpu import groups_of
 from minispeed.deepspeed.optimizer import adopt, check_tested, named_groups
+from minispeed.deepspeed.pipe import PipelineModule
+from minispeed.deepspeed.pipe_engine import PipelineEngine
+from minispeed.deepspeed.pipe_layout import num_pipelines, share_stages
+from minispeed.deepspeed.sharing import Sharing, share, with_asked
 from minispeed.deepspeed.start import init_distributed
 from minispeed.engine import Engine
 from minispeed.errors import UserError
@@ -60,14 +65,15 @@ def initialize(
     """Return the engine, its optimizer, a loader of the training data and the learning-rate schedule.
 
     args              an object whose `deepspeed_config` is the path of a configuration; a Module is taken as the model
-    model             what is trained; its parameters are taken over
+    model             what is trained; its parameters are taken over. A PipelineModule gets a PipelineEngine
     optimizer         one made of the model's parameters, or a function of them; else the configuration's
     model_parameters  parameters or parameter groups to train; all trainable ones when absent
     training_data     a dataset; the loader gives this rank's micro-batches
     lr_scheduler      an object with `step`, or a function of the optimizer that makes one; else the configuration's
     config            a dict or the path of a JSON file (`config_params` is its old name)
     flat              settings in the flat dialect; see `minispeed.config.flat`
-    The other two that matter nowhere here: `distributed_port`; `mpu` and `mesh_param` other than of size 1 are refused.
+    mpu               the groups of a caller who has cut the model himself: see `minispeed.deepspeed.mpu`
+    `distributed_port` matters nowhere here, and `mesh_param` other than of size 1 is refused.
 
     Where nobody has started the process group, it is started.
     Raises  UserError; DeepSpeedConfigError for what is wrong in the configuration
@@ -81,38 +87,56 @@ def initialize(
         if isinstance(owner, ShardedUnit) and any(p is other for other in owner.parameters.values()):
             what = f"{name} belongs to an engine already"
             raise UserError(what, fix="engine.destroy() first, or a new model")
-    _refuse_cut_models(mpu, mesh_param)
+    _refuse_cut_rows(mesh_param)
     init_distributed(dist_init_required=dist_init_required)
     world = current_world()
-    settings = read_config(_source(args, config, config_params), data_parallel=world.size, flat=flat)
+    trace = Trace()
+    cut = groups_of(mpu, world.group)
+    source = with_asked(model, _source(args, config, config_params))
+    if cut is None:
+        settings = read_config(source, ranks=num_pipelines(model, world.size), flat=flat)
+    else:
+        settings = read_config(source, data_parallel=cut.data.size, flat=flat)
     agree(world.group, values_of(settings))
     for line in settings.notes:
         print_rank_0(line)
     if settings.dump_state:
         print_rank_0(settings)
-    trace = Trace()
-    group = Traced(world.group, trace) if settings.wall_clock_breakdown else world.group
-    _move(model, world.device)
-    core = _make_core(model, group, settings, optimizer, model_parameters)
-    engine = DeepSpeedEngine(model, world, settings, core, trace)
+    if isinstance(model, PipelineModule):
+        sharing = share_stages(model, settings, cut, world.group)
+        every = settings.pipeline.activation_checkpoint_interval
+        model.activation_checkpoint_interval = every or model.activation_checkpoint_interval
+    else:
+        sharing = share(model, settings, cut, world.group)
+    if settings.wall_clock_breakdown:
+        sharing = replace(sharing, group=Traced(sharing.group, trace))
+    if not isinstance(model, PipelineModule):  # its own stage alone goes there
+        _move(model, world.device)
+    core = _make_core(model, sharing, settings, optimizer, model_parameters)
+    engine = (
+        PipelineEngine(model, world, settings, core, trace)
+        if isinstance(model, PipelineModule)
+        else DeepSpeedEngine(model, world, settings, core, trace)
+    )
     engine.lr_scheduler = _make_scheduler(settings, lr_scheduler, core)
     if training_data is not None:
         engine.training_dataloader = make_loader(
             training_data,
             micro_batch=settings.batch.micro,
-            group=world.group,
+            group=sharing.group if core is None else core.lines.dp,
             collate_fn=collate_fn,
             drop_last=settings.dataloader_drop_last,
         )
+    if isinstance(engine, PipelineEngine) and training_data is not None:
+        engine.read_in_order(engine.training_dataloader)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _refuse_cut_models(mpu: Any, mesh_param: Any) -> None:
-    """Raise UserError where a model is to be cut in another way than ZeRO's."""
-    size = mpu.get_model_parallel_world_size() if hasattr(mpu, "get_model_parallel_world_size") else 1
-    if size > 1 or (mesh_param is not None and tuple(mesh_param)[1:] not in ((), (1,))):
-        what = f"mpu with {size} model-parallel ranks" if size > 1 else f"mesh_param={mesh_param}"
-        raise UserError(f"{what}: only the batch is divided over ranks here", fix="all ranks data-parallel")
+def _refuse_cut_rows(mesh_param: Any) -> None:
+    """Raise UserError where ranks are to share each row."""
+    if mesh_param is not None and tuple(mesh_param)[1:] not in ((), (1,)):
+        what = f"mesh_param={mesh_param}: only the batch and layers are divided over ranks here, no rows"
+        raise UserError(what, fix="all ranks data-parallel")
 
 
 def _source(args: Any, config: Any, config_params: Any) -> Any:
@@ -134,12 +158,15 @@ def _move(model: nn.Module, device: torch.device) -> None:
         model.to(device)
 
 
-def _make_core(model: nn.Module, group: Group, settings: Config, optimizer: Any, parameters: Any) -> Engine | None:
+def _make_core(model: nn.Module, sharing: Sharing, settings: Config, optimizer: Any, parameters: Any) -> Engine | None:
     if optimizer is not None and settings.optimizer is not None:
         what = f"an optimizer twice: the argument, and {settings.optimizer.type} in the configuration"
         raise UserError(what, fix="one of them")
     precision = _precision(model, settings)
     if optimizer is None and settings.optimizer is None:
+        if sharing.plan is not None:
+            what = "a model is to be cut by width, and there is no optimizer to train it"
+            raise UserError(what, fix='"optimizer": {"type": "AdamW"} in the configuration')
         model.to(precision.compute)
         return None
     groups: list[Any] = list(parameters if parameters is not None else model.parameters())
@@ -154,9 +181,12 @@ def _make_core(model: nn.Module, group: Group, settings: Config, optimizer: Any,
     else:
         make = _maker(settings)
     zero = settings.zero
-    return Engine(
+    core = Engine(
         model,
-        group,
+        sharing.group,
+        layout=sharing.layout,
+        plan=sharing.plan,
+        chain=model if isinstance(model, PipelineModule) else None,
         precision=precision,
         zero=zero.stage,
         clip=settings.gradient_clipping,
@@ -171,9 +201,11 @@ def _make_core(model: nn.Module, group: Group, settings: Config, optimizer: Any,
             states=CPU if zero.offload_optimizer.device == "cpu" else None,
             parameters=CPU if zero.offload_param.device == "cpu" else None,
         ),
-        divisor=group.size * settings.batch.accumulation,
-        predivide=group.size if settings.prescale_gradients else settings.gradient_predivide_factor,
+        divisor=sharing.replicas * settings.batch.accumulation,
+        predivide=sharing.replicas if settings.prescale_gradients else settings.gradient_predivide_factor,
     )
+    sharing.settle(core)
+    return core
 
 
 def _precision(model: nn.Module, settings: Config) -> Precision:

@@ -24,6 +24,7 @@ from minispeed.collective.agree import agree
 from minispeed.collective.group import CollectiveError
 from minispeed.collective.numbers import barrier
 from minispeed.deepspeed.logging import print_rank_0
+from minispeed.deepspeed.mpu import check_places, is_cut_by_caller
 from minispeed.errors import UserError
 from minispeed.layout import Interval
 from minispeed.placement import WHOLE, Slice
@@ -50,9 +51,10 @@ def save_checkpoint(
     client_state  whatever the caller wants back
     Returns       True
     Raises        UserError if ranks bring different tags and the configuration says "Fail", if the disk is full, or if
-                  the client state holds what cannot be stored
+                  the client state holds what cannot be stored, or the caller's slices do not say of what they are
     """
     core = self._trained()
+    check_places(core)
     tag = f"global_step{self.global_steps}" if tag is None else str(tag).strip()
     _validate(self, tag)
     if any(unit.gradient is not None or unit.full is not None for unit in core.sharded.units):
@@ -103,6 +105,7 @@ def load_checkpoint(
     if custom_load_fn is not None:
         raise UserError("custom_load_fn: a checkpoint holds no state dict of a rank", fix="load_module_state_dict")
     core, folder = self._trained(), Path(load_dir)
+    check_places(core)
     if tag is None:
         if not (folder / LATEST).exists():
             print_rank_0(f"warning: there is no {folder / LATEST}: no checkpoint is loaded; try: tag=...")
@@ -148,7 +151,11 @@ def save_16bit_model(
 
     save_filename  ending in .safetensors: as such; else by torch.save
     Returns        False if nothing was written: stage 3, and the configuration does not allow to gather
+    Raises         UserError if the caller has cut the model himself (mpu)
     """
+    if self.core is not None and is_cut_by_caller(self.core):
+        what = "save_16bit_model of a model that an mpu says is cut: only its author can put its modules together"
+        raise UserError(what, fix="save_checkpoint, or module_state_dict() of each model-parallel rank")
     zero = self.config.zero
     if zero.stage == 3 and not zero.gather_16bit_weights_on_model_save:
         key = '"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": true}'

@@ -21,12 +21,14 @@ class DeepSpeedConfig:
     def __init__(self, config: Mapping[str, Any] | str | Path, mpu: Any = None, mesh_device: Any = None) -> None:
         """Read a dict or the path of a JSON file, for the ranks of this thread's world.
 
-        mpu          whose data-parallel ranks share a batch; None: all ranks do
+        mpu          whose data-parallel ranks share a batch; None: all, but for those that share each layer's width
         mesh_device  means nothing here
         Raises       DeepSpeedConfigError that names the key, the value and the fix
         """
-        ranks = current_world().size if mpu is None else mpu.get_data_parallel_world_size()
-        self.config = read_config(config, data_parallel=ranks)
+        if mpu is None:
+            self.config = read_config(config, ranks=current_world().size)
+        else:
+            self.config = read_config(config, data_parallel=mpu.get_data_parallel_world_size())
         self._values = {key.replace(".", "_"): value for key, value in values_of(self.config).items()}
 
     def __getattr__(self, name: str) -> Any:

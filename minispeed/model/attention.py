@@ -4,7 +4,8 @@
 
 `reference` is the formula, and holds the (T, S) scores. `tiled` walks over blocks of keys and corrects a running
 softmax as it goes, so its extra memory is linear in T; its backward computes the scores again, tile by tile. `fused`
-is torch's kernel. All three know grouped-query heads, packed documents and queries that continue a cache of keys.
+is torch's kernel. All three know grouped-query heads, packed documents and queries that continue a cache of keys; the
+first two can drop some of the softmax's weights (`dropout.py`), where torch's kernel draws numbers of its own.
 
 Attention: Vaswani et al. 2017, section 3.2.1 (https://arxiv.org/abs/1706.03762). Online softmax: Milakov & Gimelshein
 2018 (https://arxiv.org/abs/1805.02867). Tiles and their backward: FlashAttention, Dao et al. 2022, sections 3.1 and B.4
@@ -47,7 +48,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     k, v = (x[:, :, None].expand(-1, -1, num_shares, -1, -1).flatten(1, 2) for x in (k, v))  # -> (B, H, S, K)
     scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, S)
     bias = mask.bias(scores)
-    return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
+    weights = (scores if bias is None else scores + bias).softmax(dim=-1)
+    return mask.drop(weights, slice(0, q.shape[2]), slice(0, k.shape[2])) @ v
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, tile: int = 128) -> Tensor:
@@ -68,7 +70,11 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Let torch choose its kernel: on a GPU documents go to the one for variable lengths, in half precision.
 
     A dense mask is made only where no kernel does without.
+
+    Raises  UserError if some of the softmax's weights are to be dropped
     """
+    if mask.dropout is not None:
+        raise UserError("the fused attention cannot drop weights: it never holds them", fix="reference, or tiled")
     if mask.is_plain():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     if q.is_cuda and q.dtype in HALF and varlen_kernel is not None and mask.runs() is not None:
@@ -131,6 +137,11 @@ def _by_group(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
 
 
+def _drop(weights: Tensor, mask: Mask, rows: slice, columns: slice) -> Tensor:
+    """Drop out of one tile of the softmax's weights, or of their gradients.  (B, G, R, t, s)"""
+    return mask.drop(weights.flatten(1, 2), rows, columns).view_as(weights)
+
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, tile: int) -> Tensor:
@@ -152,7 +163,8 @@ class _Tiled(torch.autograd.Function):
                 weights = (scores - base[..., None]).exp()
                 shrink = (top - base).exp()
                 total = total * shrink + weights.sum(-1)
-                mixed = mixed * shrink[..., None] + weights @ vg[..., columns, :].to(wide)
+                kept = _drop(weights, mask, rows, columns)  # of the sum of values alone: the softmax is whole before
+                mixed = mixed * shrink[..., None] + kept @ vg[..., columns, :].to(wide)
                 top = new_top
             out[..., rows, :] = (mixed / total[..., None]).to(q.dtype)
             log_sum[..., rows] = top + total.log()
@@ -175,12 +187,14 @@ class _Tiled(torch.autograd.Function):
                     break
                 scores = _tile_scores(qg, kg, ctx.mask, rows, columns)
                 weights = (scores - log_sum[..., rows, None]).exp()  # the softmax itself, (B, G, R, t, s)
-                grad_weights = grad_out[..., rows, :] @ vg[..., columns, :].to(wide).transpose(-2, -1)
+                kept = _drop(weights, ctx.mask, rows, columns)
+                grad_kept = grad_out[..., rows, :] @ vg[..., columns, :].to(wide).transpose(-2, -1)
+                grad_weights = _drop(grad_kept, ctx.mask, rows, columns)
                 grad_scores = weights * (grad_weights - inner[..., rows, :]) / math.sqrt(q.shape[-1])
                 grad_q[..., rows, :] += grad_scores @ kg[..., columns, :].to(wide)
                 # the R query heads of a group share a key head: their gradients add up
                 grad_k[..., columns, :] += (grad_scores.mT @ qg[..., rows, :].to(wide)).sum(2, keepdim=True)
-                grad_v[..., columns, :] += (weights.mT @ grad_out[..., rows, :]).sum(2, keepdim=True)
+                grad_v[..., columns, :] += (kept.mT @ grad_out[..., rows, :]).sum(2, keepdim=True)
         return (
             grad_q.view_as(q).to(q.dtype),
             grad_k.view_as(k).to(k.dtype),

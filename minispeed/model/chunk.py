@@ -16,6 +16,7 @@ Letters: B batch, T tokens, D model, H heads, K head dim, V vocabulary, L blocks
 
 import copy
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from minispeed.errors import UserError
 from minispeed.model.cache import Cache
 from minispeed.model.config import GPTConfig
 from minispeed.model.deep import Deep, Outputs
+from minispeed.model.dropout import Dropping
 from minispeed.model.gpt import GPT, Final, Head, describe, run_layers
 
 
@@ -36,6 +38,7 @@ class Chunk(nn.Module):
 
     head: Head  # in the last chunk alone
     deep: Deep
+    dropping: Dropping
 
     def __init__(self, model: GPT, first: int, last: int) -> None:
         """Share the model's modules; copy what is tied to other chunks.
@@ -57,7 +60,7 @@ class Chunk(nn.Module):
         self._take_modules(model)
 
     def _take_modules(self, model: GPT) -> None:
-        here = [*self.layers, *(["head"] if self.is_last else []), "deep"]
+        here = [*self.layers, *(["head"] if self.is_last else []), "deep", "dropping"]
         own = tuple(f"{name}." for name in here if self.is_first or name != "deep")
         foreign = {p: name for name, p in model.named_parameters() if not name.startswith(own)}
         for name in here:
@@ -81,6 +84,8 @@ class Chunk(nn.Module):
         documents: Tensor | None = None,
         tasks: Tensor | None = None,
         cache: Cache | None = None,
+        cells: Tensor | None = None,
+        step: int | None = None,
     ) -> tuple[Tensor, ...]:
         """Run every layer but the head.
 
@@ -92,7 +97,16 @@ class Chunk(nn.Module):
             what = f"layer {self.first} needs a bundle of {self.num_received} tensors, and {len(inputs)} came"
             raise UserError(what, fix="what the chunk before returned")
         dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
-        rows = describe(self.config, dtype, tokens, positions=positions, documents=documents, tasks=tasks, cache=cache)
+        rows = describe(
+            self.config,
+            dtype,
+            tokens,
+            positions=positions,
+            documents=documents,
+            tasks=tasks,
+            cache=cache,
+            drops=self.dropping(cells, step),
+        )
         received = (tokens,) if self.is_first else inputs
         outputs = Outputs(self.deep.connections, self.deep(rows.tasks), self.first - 1, received)
         run_layers(self.named_layers(), outputs, rows, recomputed=self.recomputed)
@@ -105,17 +119,14 @@ class Chunk(nn.Module):
         inputs: tuple[Tensor, ...],
         tokens: Tensor,
         labels: Tensor,
-        *,
-        positions: Tensor | None = None,
-        documents: Tensor | None = None,
-        tasks: Tensor | None = None,
+        **rows: Any,
     ) -> tuple[Tensor, ...]:
         """Run every layer, in the last chunk the head too.
 
-        Reads    as `features`; labels (B, T), already shifted, -100 where nothing is to be learnt
+        Reads    as `features`, `rows` too; labels (B, T), already shifted, -100 where nothing is to be learnt
         Returns  the bundle for the next chunk; of the last one the loss of each token alone, (B, T), in nats
         """
-        outputs = self.features(inputs, tokens, positions=positions, documents=documents, tasks=tasks)
+        outputs = self.features(inputs, tokens, **rows)
         if not self.is_last:
             return outputs
         (features,) = outputs

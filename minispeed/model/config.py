@@ -29,6 +29,9 @@ class GPTConfig:
     qk_norm         normalise queries and keys per head before their product (Qwen3)
     tied            the head is the token embedding, transposed
     attention       "fused", "tiled" or "reference"
+    dropout         share of the features that are dropped in training, after the embedding and of what attention and
+                    MLP add to the stream; rounded to 1 / 65536
+    attention_dropout   likewise of the softmax's weights, which "fused" cannot
     deep            which earlier outputs a block reads beside the last one: "none", "x0", "unet" or "dwa"
     deep_dilation   of dwa: one earlier output in so many is read, the last one among them
     deep_period     of dwa: they are read after one block in so many
@@ -53,6 +56,8 @@ class GPTConfig:
     qk_norm: bool = False
     tied: bool = True
     attention: str = "fused"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
     deep: Literal["none", "x0", "unet", "dwa"] = "none"
     deep_dilation: int = 1
     deep_period: int = 1
@@ -78,6 +83,7 @@ class GPTConfig:
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}", fix=known[0])
         implementation(self.attention)
+        self._check_dropout()
         self._check_deep()
 
     @property
@@ -85,6 +91,14 @@ class GPTConfig:
         """Which layer reads which outputs."""
         steps = dict(dilation=self.deep_dilation, period=self.deep_period)
         return Connections(self.num_layers, learned_entries(self.deep, self.num_layers, **steps))
+
+    def _check_dropout(self) -> None:
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is a share from 0 to below 1, got {getattr(self, name)}", fix=f"{name}=0.1")
+        if self.attention_dropout and self.attention == "fused":
+            what = f"attention_dropout {self.attention_dropout}: the fused attention cannot drop weights"
+            raise UserError(what, fix="attention='reference' or 'tiled'")
 
     def _check_deep(self) -> None:
         for name in ("deep_dilation", "deep_period"):

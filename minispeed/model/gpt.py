@@ -15,7 +15,7 @@ Letters: B batch, T tokens, D model, H heads, G key/value heads, K head dim, F h
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from minispeed.model.attention import implementation
 from minispeed.model.cache import Cache
 from minispeed.model.config import GPTConfig
 from minispeed.model.deep import TOKENS, Deep, Outputs
+from minispeed.model.dropout import ATTENTION, EMBEDDING, MLP, Dropout, Dropping, number_of
 from minispeed.model.init import initialise
 from minispeed.model.loss import token_losses
 from minispeed.model.mask import Mask
@@ -42,6 +43,7 @@ class Rows:
     turns      cosine and sine of the rotary angles, each (B, 1, T, K/2); None with learned positions
     tasks      which task each token is of, (B, T); None where the model knows one
     cache      earlier keys and values, when generating
+    dropout    which features are dropped; None: none
     """
 
     positions: Tensor
@@ -49,6 +51,19 @@ class Rows:
     turns: tuple[Tensor, Tensor] | None
     tasks: Tensor | None = None
     cache: Cache | None = None
+    dropout: Dropout | None = None
+
+    def at(self, layer: str) -> "Rows":
+        """Return what a layer needs to know: the same, but for what it drops."""
+        if self.dropout is None and self.mask.dropout is None:
+            return self
+        number = number_of(layer)
+        dropout = None if self.dropout is None else self.dropout.at(number)
+        return replace(self, dropout=dropout, mask=self.mask.at(number))
+
+    def drop(self, x: Tensor, place: int) -> Tensor:
+        """Drop out of what is added to the stream.  (B, T, D)"""
+        return x if self.dropout is None else self.dropout.at(place)(x)
 
 
 class GPT(nn.Module):
@@ -65,8 +80,14 @@ class GPT(nn.Module):
         if config.tied:
             self.head.weight = self.embed.tokens.weight
         self.deep = Deep(config.connections, config.deep_tasks)
+        self.set_dropout(config.dropout, seed=seed)
         given = {"deep.alpha": self.deep.identity()}
         initialise(self, seed=seed, model_dim=config.model_dim, num_layers=config.num_layers, given=given)
+
+    def set_dropout(self, p: float, *, seed: int) -> None:
+        """Drop so much of the stream in training from now on, drawn from `seed`; the configuration says so, too."""
+        self.config = config = replace(self.config, dropout=p)
+        self.dropping = Dropping(stream=p, weights=config.attention_dropout, num_heads=config.num_heads, seed=seed)
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield what the forward runs, in order, all but the head: each maps (features, rows) to features."""
@@ -83,17 +104,30 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         tasks: Tensor | None = None,
         cache: Cache | None = None,
+        cells: Tensor | None = None,
+        step: int | None = None,
     ) -> Tensor:
         """Run every layer but the head.
 
         Reads    tokens (B, T) int64; positions (B, T), counted from the row's start when absent; documents (B, T):
                  tokens look only at tokens of equal document, and padding is a document of its own; tasks (B, T),
                  where the model has several
+        step     of training, where it is training: without it nothing is dropped, whatever the configuration says
+        cells    of a model with dropout, in training: as `cells_of`, (B, T)
         Writes   the keys and values of these tokens to `cache`, when given
         Returns  (B, T, D)
         """
         dtype = self.embed.tokens.weight.dtype
-        rows = describe(self.config, dtype, tokens, positions=positions, documents=documents, tasks=tasks, cache=cache)
+        rows = describe(
+            self.config,
+            dtype,
+            tokens,
+            positions=positions,
+            documents=documents,
+            tasks=tasks,
+            cache=cache,
+            drops=self.dropping(cells, step),
+        )
         outputs = Outputs(self.deep.connections, self.deep(rows.tasks), TOKENS, (tokens,))
         run_layers(self.named_layers(), outputs, rows, recomputed=self.recomputed)
         if cache is not None:
@@ -132,9 +166,9 @@ def run_layers(
 ) -> None:
     """Run layers one after another, each on what it reads of the outputs before."""
     for name, layer in layers:
-        x = outputs.read()
+        x, here = outputs.read(), rows.at(name)
         again = name in recomputed and torch.is_grad_enabled()
-        outputs.add(checkpoint(layer, x, rows, use_reentrant=False) if again else layer(x, rows))
+        outputs.add(checkpoint(layer, x, here, use_reentrant=False) if again else layer(x, here))
 
 
 def describe(
@@ -146,9 +180,11 @@ def describe(
     documents: Tensor | None,
     tasks: Tensor | None,
     cache: Cache | None,
+    drops: tuple[Dropout | None, Dropout | None],
 ) -> Rows:
     """Work out once what every layer will ask for: positions, mask, rotary angles in `dtype`.
 
+    drops   of the stream, and of attention's weights
     Raises  UserError if a row is longer than the positions, or the model has several tasks and none is named
     """
     B, T = tokens.shape
@@ -164,12 +200,12 @@ def describe(
     if positions is None:
         positions = torch.arange(past, past + T, device=tokens.device).expand(B, T)
     keys = documents if cache is None or documents is None else cache.all_documents(documents)
-    mask = Mask(T, past + T, offset=past, queries=documents, keys=keys)
+    mask = Mask(T, past + T, offset=past, queries=documents, keys=keys, dropout=drops[1])
     turns = None
     if config.positions == "rotary":
         cos, sin = rotary_angles(positions, config)
         turns = cos.to(dtype), sin.to(dtype)
-    return Rows(positions, mask, turns, tasks if config.deep_tasks > 1 else None, cache)
+    return Rows(positions, mask, turns, tasks if config.deep_tasks > 1 else None, cache, drops[0])
 
 
 class Head(nn.Linear):
@@ -192,7 +228,7 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor, rows: Rows) -> Tensor:
         x: Tensor = self.tokens(tokens)  # (B, T) -> (B, T, D)
-        return x if self.positions is None else x + self.positions(rows.positions)
+        return rows.drop(x if self.positions is None else x + self.positions(rows.positions), EMBEDDING)
 
 
 class Block(nn.Module):
@@ -206,8 +242,8 @@ class Block(nn.Module):
         self.mlp = (SwiGLU if config.mlp == "swiglu" else GELU)(config)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rows)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + rows.drop(self.attention(self.attention_norm(x), rows), ATTENTION)
+        return x + rows.drop(self.mlp(self.mlp_norm(x)), MLP)
 
 
 class Attention(nn.Module):

@@ -4,11 +4,13 @@ Letters: B batch, T queries, S keys.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from minispeed.model.dropout import Dropout
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Mask:
     offset      how many keys stand before the first query (a cache), 0 without one
     queries     document of each query, (B, T), or None where every row is one document
     keys        document of each key, (B, S); given exactly when `queries` is
+    dropout     which of the softmax's weights are dropped, (B, H, T) x S; None: none
     """
 
     num_queries: int
@@ -27,6 +30,7 @@ class Mask:
     offset: int = 0
     queries: Tensor | None = None
     keys: Tensor | None = None
+    dropout: Dropout | None = None
     _biases: dict[tuple[torch.dtype, torch.device], Tensor | None] = field(default_factory=dict, repr=False)
     _runs: list["Runs | None"] = field(default_factory=list, repr=False)
 
@@ -51,6 +55,14 @@ class Mask:
             allowed = self.allowed(slice(0, self.num_queries), slice(0, self.num_keys), like.device)
             self._biases[key] = allowed if allowed is None else _bias(allowed, like.dtype)
         return self._biases[key]
+
+    def at(self, layer: int) -> "Mask":
+        """Return the mask of a layer: the same, but for what it drops."""
+        return self if self.dropout is None else replace(self, dropout=self.dropout.at(layer))
+
+    def drop(self, weights: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Drop out of the softmax's weights at `rows` x `columns`.  (B, H, t, s)"""
+        return weights if self.dropout is None else self.dropout(weights, rows, columns)
 
     def runs(self) -> "Runs | None":
         """Return packed rows as documents one after another, worked out once and shared by every layer.

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from minispeed.collective.group import Group
 from minispeed.errors import UserError, nearest
+from minispeed.model.dropout import Dropping
 from minispeed.model.gpt import GPT, Attention
 from minispeed.model.mask import Mask
 from minispeed.sequence.ring import ring, zigzag
@@ -73,7 +74,8 @@ def cut_sequence(model: nn.Module, kind: str, group: Group) -> "SequenceCut":
     kind     "ulysses" or "ring"
     Writes   the `core` of every `Attention` of the model; a tensor-parallel model is cut by heads before
     Returns  what shares rows out, and for a while lets every rank hold whole ones
-    Raises   UserError on an unknown kind, a model without attention or cut before, or heads that P does not divide
+    Raises   UserError on an unknown kind, a model without attention or cut before, heads that P does not divide, or
+             attention that drops weights
     """
     if kind not in KINDS:
         fix = nearest(kind, KINDS) or ", ".join(KINDS)
@@ -81,6 +83,10 @@ def cut_sequence(model: nn.Module, kind: str, group: Group) -> "SequenceCut":
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, Attention)]
     if not found:
         raise UserError(f"no attention in this {type(model).__name__}", fix="a minispeed.model.gpt.GPT")
+    for module in model.modules():
+        if isinstance(module, Dropping) and module.weights:
+            what = f"attention_dropout {module.weights} with sp={group.size}: drawn only where a rank sees whole rows"
+            raise UserError(what, fix="sp=1, or GPTConfig.dropout, which knows of cut rows")
     for name, attention in found:
         if isinstance(attention.core, SequenceCore):
             raise UserError(f"the rows of {name} are cut already", fix="cut_sequence once, on a fresh model")

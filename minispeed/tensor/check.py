@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from minispeed.errors import UserError
-from minispeed.tensor.plan import Column, Enter, Named, Replica, Row, Use, Vocab
+from minispeed.tensor.plan import Column, Enter, Named, Replica, Row, Use, Vocab, is_transposed
 
 LEAVES: dict[Any, tuple[Any, ...]] = {Column: (nn.Linear,), Row: (nn.Linear,), Vocab: (nn.Embedding, nn.Linear)}
 ANY: tuple[Any, ...] = (nn.Module, nn.Parameter)
@@ -21,6 +21,8 @@ def check_rule(one: Named, named: Sequence[Named]) -> None:
     name, rule = one.name, one.rule
     found: Any = one.found
     kinds = LEAVES.get(type(rule), ANY if isinstance(rule, Replica) else ANY[:1])
+    if type(rule) in (Column, Row) and is_transposed(found):
+        kinds = (type(found),)
     kind = next((kind for kind in kinds if isinstance(found, kind)), None)
     if kind is None or (type(rule) in LEAVES and type(found).forward is not kind.forward):
         wanted = " or ".join(kind.__name__ for kind in kinds)
@@ -58,7 +60,7 @@ def check_dropout(model: nn.Module, size: int) -> None:
     for name, module in model.named_modules():
         if size > 1 and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             what = f"{name} drops out with p={module.p}: tp={size} ranks would draw differently, and must stay equal"
-            raise UserError(what, fix="p=0")
+            raise UserError(what, fix="p=0, or of a minispeed GPT GPTConfig.dropout, which draws alike on all ranks")
 
 
 def check_all_named(parameters: Mapping[str, nn.Parameter], uses: Mapping[str, Use]) -> None:

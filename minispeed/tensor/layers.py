@@ -23,30 +23,39 @@ from minispeed.tensor.stream import Stream
 class ColumnLinear(nn.Module):
     """x W^T + b for my slice of the output features: weight (F/tp, D), bias (F/tp,).
 
-    enters  whether it takes its input from the stream itself, or is inside a module that has (`Enter`)
+    enters      whether it takes its input from the stream itself, or is inside a module that has (`Enter`)
+    transposed  the weight is (D, F/tp)
     """
 
-    def __init__(self, stream: Stream, weight: nn.Parameter, bias: nn.Parameter | None, *, enters: bool) -> None:
+    def __init__(
+        self, stream: Stream, weight: nn.Parameter, bias: nn.Parameter | None, *, enters: bool, transposed: bool = False
+    ) -> None:
         super().__init__()
-        self.stream, self.enters = stream, enters
+        self.stream, self.enters, self.transposed = stream, enters, transposed
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Read the stream, or, inside what has entered it, (B, T, D).  -> (B, T, F/tp)"""
-        return F.linear(self.stream.enter(x) if self.enters else x, self.weight, self.bias)
+        weight = self.weight.t() if self.transposed else self.weight
+        return F.linear(self.stream.enter(x) if self.enters else x, weight, self.bias)
 
 
 class RowLinear(nn.Module):
-    """x W^T summed over my slice of the input features, then over ranks, + b: weight (D, F/tp), bias (D,), whole."""
+    """x W^T summed over my slice of the input features, then over ranks, + b: weight (D, F/tp), bias (D,), whole.
 
-    def __init__(self, stream: Stream, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    transposed  the weight is (F/tp, D)
+    """
+
+    def __init__(
+        self, stream: Stream, weight: nn.Parameter, bias: nn.Parameter | None, *, transposed: bool = False
+    ) -> None:
         super().__init__()
-        self.stream = stream
+        self.stream, self.transposed = stream, transposed
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Write to the stream.  (B, T, F/tp) -> (B, T or T/tp, D)"""
-        y = self.stream.leave(F.linear(x, self.weight))
+        y = self.stream.leave(F.linear(x, self.weight.t() if self.transposed else self.weight))
         return y if self.bias is None else y + self.bias  # after the sum, or it would count tp times
 
 

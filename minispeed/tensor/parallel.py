@@ -21,7 +21,7 @@ from minispeed.errors import UserError
 from minispeed.placement import Placement, Shard, cut
 from minispeed.tensor.check import check_all_named, check_counts, check_dropout, check_rule, check_ties
 from minispeed.tensor.layers import ColumnLinear, RowLinear, VocabEmbedding, VocabHead
-from minispeed.tensor.plan import Column, Enter, Named, Plan, Replica, Row, Use, match
+from minispeed.tensor.plan import Column, Enter, Named, Plan, Replica, Row, Use, is_transposed, match
 from minispeed.tensor.stream import Stream
 
 
@@ -93,9 +93,9 @@ def _replace_leaves(
 def _cut_leaf(leaf: Any, rule: Any, own: Mapping[str, nn.Parameter], stream: Stream, *, enters: bool) -> nn.Module:
     weight, bias = own["weight"], own.get("bias")
     if isinstance(rule, Column):
-        return ColumnLinear(stream, weight, bias, enters=enters)
+        return ColumnLinear(stream, weight, bias, enters=enters, transposed=is_transposed(leaf))
     if isinstance(rule, Row):
-        return RowLinear(stream, weight, bias)
+        return RowLinear(stream, weight, bias, transposed=is_transposed(leaf))
     if isinstance(leaf, nn.Embedding):
         return VocabEmbedding(stream, weight, vocab_size=leaf.num_embeddings)
     return VocabHead(stream, weight, bias, vocab_size=leaf.out_features)
@@ -105,18 +105,29 @@ def _hook_modules(named: Sequence[Named], stream: Stream) -> None:
     """Let the stream into and out of the modules that stay themselves."""
     for module, rule in {found: rule for _, rule, found in named if isinstance(found, nn.Module)}.items():
         if isinstance(rule, Enter):
-            module.register_forward_pre_hook(partial(_change_first, stream.enter))
-        elif isinstance(rule, Replica) and rule.takes == "whole":
-            module.register_forward_pre_hook(partial(_change_first, stream.mine))
+            module.register_forward_pre_hook(partial(_change_first, stream.enter, rule.keyword), with_kwargs=True)
+            for size in rule.sizes:
+                setattr(module, size, getattr(module, size) // stream.group.size)
+        elif isinstance(rule, Replica) and rule.takes != "stream":
+            mine = {"whole": stream.mine, "heads": stream.my_heads}[rule.takes]
+            module.register_forward_pre_hook(partial(_change_first, mine, ""), with_kwargs=True)
         if isinstance(rule, Replica) and rule.gives == "whole":
             module.register_forward_hook(lambda module, args, out: stream.whole(out))
 
 
-def _change_first(change: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _change_first(
+    change: Callable[[Tensor], Tensor],
+    keyword: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    named: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not args and keyword in named:
+        return args, {**named, keyword: change(named[keyword])}
     if not args:
         what = f"{type(module).__name__} is called with keywords alone, and which of them enters from the stream"
         raise UserError(f"{what} is not known", fix="that one as first argument, without its keyword")
-    return change(args[0]), *args[1:]
+    return (change(args[0]), *args[1:]), named
 
 
 def _sum_gradients(p: nn.Parameter, total: Callable[[Tensor], Tensor]) -> None:

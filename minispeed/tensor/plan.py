@@ -43,6 +43,17 @@ class Count(NamedTuple):
     what: str
 
 
+def is_transposed(leaf: nn.Module) -> bool:
+    """Return whether a leaf is transformers' Conv1D: a Linear whose weight is (D, F)."""
+    kind = type(leaf)
+    return f"{kind.__module__}.{kind.__qualname__}" == "transformers.pytorch_utils.Conv1D"
+
+
+def features(leaf: Any) -> tuple[int, int]:
+    """Return how many input and output features a Linear has, or a Conv1D."""
+    return (leaf.nx, leaf.nf) if is_transposed(leaf) else (leaf.in_features, leaf.out_features)
+
+
 class Rule:
     """What the plan says of a module, `leaf`, whose parameters by name are `own`."""
 
@@ -61,7 +72,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Column(Rule):
-    """Cut a Linear by its output features.
+    """Cut a Linear, or a Conv1D, by its output features.
 
     chunks    how many tensors of one width are fused in its output, or their widths; each is cut for itself
     head_dim  features of a head, for no head is cut
@@ -70,38 +81,45 @@ class Column(Rule):
     chunks: int | tuple[int, ...] = 1
     head_dim: int = 1
 
-    def widths(self, leaf: nn.Linear) -> tuple[int, ...]:
+    def widths(self, leaf: nn.Module) -> tuple[int, ...]:
         """Return the width of each chunk."""
-        return (leaf.out_features // self.chunks,) * self.chunks if isinstance(self.chunks, int) else self.chunks
+        if not isinstance(self.chunks, int):
+            return self.chunks
+        return (features(leaf)[1] // self.chunks,) * self.chunks
 
-    def uses(self, leaf: nn.Linear, own: Iterable[str]) -> dict[str, Use]:
+    def uses(self, leaf: nn.Module, own: Iterable[str]) -> dict[str, Use]:
         """Cut weight and bias alike."""
-        return dict.fromkeys(own, Use(Shard(AXIS, 0, self.widths(leaf))))
+        dims = {"weight": 1 if is_transposed(leaf) else 0, "bias": 0}
+        return {name: Use(Shard(AXIS, dims[name], self.widths(leaf))) for name in own}
 
-    def counts(self, leaf: nn.Linear) -> list[Count]:
+    def counts(self, leaf: nn.Module) -> list[Count]:
         """Return the heads, or features, of each chunk."""
         what = "output features" if self.head_dim == 1 else f"heads of {self.head_dim} features"
         return [Count(width // self.head_dim, what) for width in self.widths(leaf)]
 
-    def problem(self, leaf: nn.Linear) -> str:
+    def problem(self, leaf: nn.Module) -> str:
         """Compare the widths with the leaf's."""
-        widths = self.widths(leaf)
-        if sum(widths) == leaf.out_features and not any(width % self.head_dim for width in widths):
+        widths, whole = self.widths(leaf), features(leaf)[1]
+        if sum(widths) == whole and not any(width % self.head_dim for width in widths):
             return ""
-        return f"has {leaf.out_features} output features, not chunks {self.chunks} of heads of {self.head_dim}"
+        return f"has {whole} output features, not chunks {self.chunks} of heads of {self.head_dim}"
 
 
 @dataclass(frozen=True)
 class Row(Rule):
-    """Cut a Linear by its input features, which a Column made; its output goes to the stream, its bias is whole."""
+    """Cut a Linear, or a Conv1D, by its input features, which a Column made.
 
-    def uses(self, leaf: nn.Linear, own: Iterable[str]) -> dict[str, Use]:
+    Its output goes to the stream, its bias is whole.
+    """
+
+    def uses(self, leaf: nn.Module, own: Iterable[str]) -> dict[str, Use]:
         """Cut the weight; the bias is applied to the stream."""
-        return {name: Use(Shard(AXIS, 1)) if name == "weight" else Use(on="tokens") for name in own}
+        weight = Use(Shard(AXIS, 0 if is_transposed(leaf) else 1))
+        return {name: weight if name == "weight" else Use(on="tokens") for name in own}
 
-    def counts(self, leaf: nn.Linear) -> list[Count]:
+    def counts(self, leaf: nn.Module) -> list[Count]:
         """Return the input features."""
-        return [Count(leaf.in_features, "input features")]
+        return [Count(features(leaf)[0], "input features")]
 
 
 @dataclass(frozen=True)
@@ -130,7 +148,17 @@ class Enter(Rule):
 
     Without it each Column speaks for itself, and a gated MLP sends twice as much. Everything that the module does with
     that argument must pass through its Columns: no residual connection inside.
+
+    keyword  the argument's name, for a module that is called with keywords alone
+    sizes    the module's attributes that count heads or features of all ranks: they become this rank's
     """
+
+    keyword: str = ""
+    sizes: tuple[str, ...] = ()
+
+    def counts(self, leaf: nn.Module) -> list[Count]:
+        """Return the sizes."""
+        return [Count(getattr(leaf, name), name) for name in self.sizes]
 
 
 @dataclass(frozen=True)
@@ -139,12 +167,13 @@ class Replica(Rule):
 
     on     what each rank applies it to: its own "tokens", where the stream is cut, or, between cut layers, its own
            "heads"; or, before the stream and after it, what is "whole" on every rank
-    takes  what its first argument is: a piece of the "stream", or "whole" on every rank (the positions of tokens)
+    takes  what its first argument is: a piece of the "stream", or on every rank the same, of the "whole" rows (the
+           positions of tokens), of which it is to have its tokens', or of all "heads", of which its own
     gives  what its result is to be (the norm before the head gives "whole")
     """
 
     on: Literal["tokens", "heads", "whole"] = "tokens"
-    takes: Literal["stream", "whole"] = "stream"
+    takes: Literal["stream", "whole", "heads"] = "stream"
     gives: Literal["stream", "whole"] = "stream"
 
     def uses(self, leaf: Any, own: Iterable[str]) -> dict[str, Use]:
@@ -184,6 +213,8 @@ def gpt_plan(config: GPTConfig) -> dict[str, Rule]:
         plan["blocks.*.mlp.gate"] = Column()
     if config.qk_norm:
         plan["blocks.*.attention.*_norm"] = Replica(on="heads")
+    if config.dropout or config.attention_dropout:
+        plan |= {"dropping.cells": Replica(takes="whole"), "dropping.heads": Replica(takes="heads")}
     if config.deep != "none":
         plan["deep"] = Replica(takes="whole" if config.deep_tasks > 1 else "stream")  # tasks are of all tokens
     return plan
@@ -200,7 +231,7 @@ def match(plan: Plan, model: nn.Module) -> list[Named]:
     for pattern in plan:
         names = [name for name in known if _fits(name, pattern)]
         if not names:
-            alike = nearest(pattern, {_any_number(name) for name in known}) or "a name of model.named_modules()"
+            alike = nearest(pattern, {any_number(name) for name in known}) or "a name of model.named_modules()"
             raise UserError(f"the plan's {pattern!r} matches nothing in this {type(model).__name__}", fix=alike)
         for name in names:
             if name in by_name:
@@ -215,5 +246,6 @@ def _fits(name: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
-def _any_number(name: str) -> str:
+def any_number(name: str) -> str:
+    """Return the pattern of a name and of its like in other layers: "layers.3.mlp" -> "layers.*.mlp"."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))

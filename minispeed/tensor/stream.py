@@ -62,6 +62,10 @@ class Stream:
         self._check(x)
         return split(x, self.group, dim=TOKENS) if self.is_cut else x
 
+    def my_heads(self, x: Tensor) -> Tensor:
+        """Return, of what is of all heads, what is of those on this rank.  (H,) -> (H/tp,)"""
+        return x.chunk(self.group.size)[self.group.rank]
+
     def whole(self, x: Tensor) -> Tensor:
         """Let every rank have all of the stream, and go on alike.  (B, T or T/tp, D) -> (B, T, D)"""
         return all_gather(x, self.group, dim=TOKENS, copies=True) if self.is_cut else x

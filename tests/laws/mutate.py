@@ -24,6 +24,18 @@ UNIT, GRADIENTS = "minispeed/zero/unit.py", "minispeed/zero/gradients.py"
 SHARDED, REDUCTION = "minispeed/zero/sharded.py", "minispeed/zero/reduction.py"
 TABLE, LEDGER = "minispeed/zero/table.py", "tests/test_ledger.py"
 PARTS, LAYOUTS = "minispeed/parts.py", "tests/laws/test_layouts.py"
+RING, BLOCK, CUT_ROWS = (f"minispeed/sequence/{name}.py" for name in ("ring", "block", "cut"))
+PIPELINE = ("execute", "clock", "deferred", "messages", "partition")
+EXECUTE, CLOCK, DEFERRED, MESSAGES, PARTITION = (f"minispeed/pipeline/{name}.py" for name in PIPELINE)
+CUT, TIES, RUNNER = (f"minispeed/{name}.py" for name in ("cut", "ties", "runner"))
+LAYERS, DEEP, CHUNK = "minispeed/tensor/layers.py", "minispeed/model/deep.py", "minispeed/model/chunk.py"
+PIPE, INITIALIZE, PARALLEL = (
+    "minispeed/deepspeed/pipe.py",
+    "minispeed/deepspeed/initialize.py",
+    "minispeed/tensor/parallel.py",
+)
+PIPES, AUTOTP = "tests/test_deepspeed_pipe.py", "tests/test_autotp.py"
+SEQUENCE, EXECUTES = "tests/test_sequence.py", "tests/test_execute.py"
 SNAPSHOT, CALLS, CALLING = "minispeed/snapshot.py", "minispeed/deepspeed/engine.py", "tests/test_deepspeed_engine.py"
 
 
@@ -74,13 +86,6 @@ MUTATIONS = [
         "tensor, _is_copy(part, unit, name))",
         LAYOUTS,
     ),
-    Mutation(
-        "sum losses over the ranks of a replica too",
-        ENGINE,
-        "loss=sums_of(self.lines.dp, [total]).item()",
-        "loss=sums_of(self.group, [total]).item()",
-        LAYOUTS,
-    ),
     Mutation("clip when the norm is small", CLIP, "norm > most", "norm < most", LATTICE),
     Mutation(
         "overflow flag: max -> min",
@@ -99,8 +104,8 @@ MUTATIONS = [
     Mutation(
         "forget to divide the loss scale out",
         ENGINE,
-        "clip_factor(norm, self.clip) / divisor",
-        "clip_factor(norm, self.clip)",
+        "(norm, self.clip) / self.gradient_divisor)\n            if unit.masters",
+        "(norm, self.clip))\n            if unit.masters",
         "tests/test_scaler.py",
     ),
     Mutation(
@@ -282,8 +287,8 @@ MUTATIONS = [
     Mutation(
         "forget to divide by the accumulation",
         "minispeed/deepspeed/initialize.py",
-        "divisor=group.size * settings.batch.accumulation",
-        "divisor=group.size",
+        "divisor=sharing.replicas * settings.batch.accumulation",
+        "divisor=sharing.replicas",
         CALLING,
     ),
     Mutation(
@@ -320,6 +325,137 @@ MUTATIONS = [
         "self.gradient = self.full = None",
         "pass",
         CALLING,
+    ),
+    Mutation(
+        "hand out rows as runs where zigzag is meant",
+        RING,
+        "return rank, 2 * size - 1 - rank",
+        "return 2 * rank, 2 * rank + 1",
+        SEQUENCE,
+    ),
+    Mutation("forget the keys' gradients of earlier stops", RING, "x += came", "x = came", SEQUENCE),
+    Mutation(
+        "let padded tokens stand before the row",
+        CUT_ROWS,
+        "(0, missing), value=fill",
+        "(missing, 0), value=fill",
+        SEQUENCE,
+    ),
+    Mutation(
+        "merge softmaxes by an infinite maximum",
+        BLOCK,
+        "base = top.masked_fill(top == -math.inf, 0)",
+        "base = top",
+        SEQUENCE,
+    ),
+    Mutation(
+        "free an activation before its backward",
+        EXECUTE,
+        "if self.last_use.get(value, action) == action:",
+        "if self.last_use.get(value, action) is None:",
+        EXECUTES,
+    ),
+    Mutation(
+        "tell the receiver's clock alone",
+        CLOCK,
+        "end = max(start, unpacked(stamp[0].tolist())) + self.cost(sent)",
+        "end = start + self.cost(sent)",
+        EXECUTES,
+    ),
+    Mutation(
+        "put off no weight gradient in a recomputation",
+        DEFERRED,
+        "if func is torch.autograd.backward:",
+        "if func is None:",
+        EXECUTES,
+    ),
+    Mutation(
+        "send messages of a slot in each rank's own order",
+        MESSAGES,
+        "(slot, False, send, message)",
+        "(slot, False, message, message)",
+        EXECUTES,
+    ),
+    Mutation(
+        "let a tied copy keep its own gradient",
+        TIES,
+        "unit.gradient = total.clone()",
+        "unit.gradient = summed[name]",
+        LAYOUTS,
+    ),
+    Mutation("count a tied copy in the norm too", CUT, "not is_copy and counts(", "counts(", LAYOUTS),
+    Mutation(
+        "reduce after the first micro-batch and not the last",
+        RUNNER,
+        "self.sharded.backward_from(tensors, gradients, last=micro == self.last)",
+        "self.sharded.backward_from(tensors, gradients, last=micro == 0)",
+        LAYOUTS,
+    ),
+    Mutation(
+        "forget the weight halves that were put off", RUNNER, "self.sharded.add_gradient(p, gradient)", "pass", LAYOUTS
+    ),
+    Mutation(
+        "run another micro-batch than the one asked for",
+        RUNNER,
+        "tokens, labels, positions, documents, tasks, cells = micro_batches[micro]",
+        "tokens, labels, positions, documents, tasks, cells = micro_batches[0]",
+        LAYOUTS,
+    ),
+    Mutation(
+        "add a row layer's bias on every rank before the sum",
+        LAYERS,
+        "y = self.stream.leave(F.linear(x, self.weight.t() if self.transposed else self.weight))",
+        "y = self.stream.leave(F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias))",
+        "tests/test_tensor.py",
+    ),
+    Mutation(
+        "count the losses of every rank of tp",
+        PARTS,
+        "self.pp.rank == self.pp.size - 1 and self.tp.rank == 0",
+        "self.pp.rank == self.pp.size - 1",
+        LAYOUTS,
+    ),
+    Mutation(
+        "send more than the smallest bundle",
+        DEEP,
+        "others = {j: x for j, x in self.raw.items() if j not in columns}",
+        "others = self.raw",
+        "tests/test_deep.py",
+    ),
+    Mutation(
+        "stop a cover's search at its first path",
+        DEEP,
+        "reached_columns += [partner[row] for row in new]",
+        "pass",
+        "tests/test_deep.py",
+    ),
+    Mutation(
+        "leave out the hooks of a copied parameter", CHUNK, "twin.register_hook(hook)", "pass", "tests/test_chunk.py"
+    ),
+    Mutation(
+        "cut the stages anywhere",
+        PARTITION,
+        "return min(around, key=lambda begin: max(slowest[begin], before[n] - before[begin]))",
+        "return around[0]",
+        "tests/test_partition.py",
+    ),
+    Mutation(
+        "count every link's copy of a tied parameter", CUT, "is_copy=local in link.copies)", "is_copy=False)", PIPES
+    ),
+    Mutation("tie no parameter of a later layer", PIPE, "if users[p] < first]", "if users[p] < 0]", PIPES),
+    Mutation(
+        "divide by all ranks under tensor parallelism",
+        INITIALIZE,
+        "divisor=sharing.replicas *",
+        "divisor=sharing.group.size *",
+        AUTOTP,
+    ),
+    Mutation(
+        "leave an attention's count of heads",
+        PARALLEL,
+        "getattr(module, size) // stream.group.size",
+        "getattr(module, size)",
+        AUTOTP,
     ),
 ]
 

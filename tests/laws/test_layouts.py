@@ -22,6 +22,7 @@ from minispeed.engine import Engine, MicroBatch, Report
 from minispeed.errors import UserError
 from minispeed.model.chunk import layer_costs
 from minispeed.model.config import GPTConfig
+from minispeed.model.dropout import cells_of
 from minispeed.model.generate import Answer, generate
 from minispeed.model.gpt import GPT
 from minispeed.model.loss import IGNORED
@@ -36,6 +37,7 @@ from minispeed.testing.pool import shared_pool
 STEPS, TOKENS = 3, 8
 LR = 1e-3
 DILATED = {"deep": "dwa", "deep_dilation": 2, "deep_period": 2}
+SHARES = st.sampled_from([0.0, 0.1, 0.5])  # that are dropped
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda groups: AdamW(groups, lr=LR, betas=(0.9, 0.99)),
     "sgd": lambda groups: SGD(groups, lr=LR),
@@ -90,6 +92,8 @@ class Case:
             "tied": config.tied,
             "grouped": config.num_kv_heads < config.num_heads,
             "attention": config.attention,
+            "dropout": config.dropout,
+            "attention_dropout": config.attention_dropout,
             "optimizer": self.optimizer,
             "clip": self.clip,
         }
@@ -138,6 +142,7 @@ def configs(draw: st.DrawFn, layout: Layout) -> GPTConfig:
     """Draw a GPT of a few hundred parameters that the layout can cut; its vocabulary need not divide."""
     heads = layout.tp * (layout.sp if layout.sequence == "ulysses" else 1)
     kv = heads * draw(st.integers(1, 2))
+    attention = draw(st.sampled_from(["fused", "tiled", "reference"]))
     plain = GPTConfig(
         vocab_size=draw(st.integers(2, 5 if layout.schedule == "zb_h1" else 23)),  # or the ends are stages of their own
         max_positions=TOKENS,
@@ -154,7 +159,9 @@ def configs(draw: st.DrawFn, layout: Layout) -> GPTConfig:
         bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         tied=draw(st.booleans()),
-        attention=draw(st.sampled_from(["fused", "tiled", "reference"])),
+        attention=attention,
+        dropout=draw(SHARES),
+        attention_dropout=draw(SHARES) if attention != "fused" and layout.sp == 1 else 0.0,
     )
     deep = draw(st.sampled_from([{}, *({"deep": mask} for mask in ("x0", "unet", "dwa")), DILATED]))
     try:
@@ -176,7 +183,7 @@ def rows(case: Case, step: int) -> MicroBatch:
     places = torch.arange(TOKENS).expand(shape)
     begins = torch.where(cuts, places, 0).cummax(1).values
     tasks = torch.randint(0, case.config.deep_tasks, shape, generator=generator)
-    return MicroBatch(tokens, labels, places - begins, documents, tasks)
+    return MicroBatch(tokens, labels, places - begins, documents, tasks, cells_of(range(shape[0]), TOKENS))
 
 
 def plain(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
@@ -190,7 +197,7 @@ def plain(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor
         batch = rows(case, step)
         optimizer.zero_grad()
         attached = {"positions": batch.positions, "documents": batch.documents, "tasks": batch.tasks}
-        losses = model(batch.tokens, batch.labels, **attached)
+        losses = model(batch.tokens, batch.labels, **attached, cells=batch.cells, step=step)
         loss = losses.sum() / max(1, batch.num_supervised)
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
