@@ -67,7 +67,9 @@ class ChatModel:
         for name in (TOKENIZER, TEMPLATE, WEIGHTS):
             if not (directory / name).exists():
                 raise UserError(f"{directory} holds no {name}", fix="the --out of a finished `minispeed sft`")
-        config = replace(cls.read_config(directory), attention=attention)
+        config = cls.read_config(directory)
+        kept = 0.0 if attention == "fused" else config.attention_dropout  # that kernel does not show its weights
+        config = replace(config, attention=attention, attention_dropout=kept)
         try:
             weights = load_file(directory / WEIGHTS)
         except (OSError, SafetensorError) as error:

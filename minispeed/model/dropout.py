@@ -10,8 +10,9 @@ SplitMix64: what it returns as number n in one state is the next arrow's state. 
 by head and key.
 
 Dropout: Srivastava et al. 2014, section 4 (https://jmlr.org/papers/v15/srivastava14a.html); where a GPT has it: Radford
-et al. 2018, section 4.1. SplitMix64: Steele, Lea & Flood 2014, figure 16 (https://doi.org/10.1145/2660193.2660195).
-Numbers by place, not by order: Salmon et al. 2011 (https://doi.org/10.1145/2063384.2063405).
+et al. 2018, section 4.1. SplitMix64: Steele, Lea & Flood 2014 (https://doi.org/10.1145/2660193.2660195), with the
+constants of https://prng.di.unimi.it/splitmix64.c. Numbers by place and not by order: Salmon et al. 2011
+(https://doi.org/10.1145/2063384.2063405).
 
 Letters: B batch, T tokens, D model, H heads, S keys.
 """
