@@ -6,6 +6,7 @@ construction a cut of the whole one. What comes out is a list of pieces, one for
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -118,6 +119,8 @@ def cut_model(
         names = {name: logical(name, is_copy=False) for name in shapes}
         return CutModel([Piece(0, model, _without_bundle(model), names, [])], sequence, {})
     bounds = partition(chain.costs, layout.stages)
+    if layout.schedule == "zb_h1" and isinstance(chain, GPTChain):
+        _check_split(bounds, layout)
     mine = range(lines.pp.rank, layout.stages, layout.pp)
     links = {stage: chain.link(bounds[stage], bounds[stage + 1]) for stage in mine}
     holders = _holders([name for link in links.values() for name in link.names.values()], list(shapes), lines.pp)
@@ -128,6 +131,15 @@ def cut_model(
         pieces.append(Piece(stage, link.module, link.module, names, tied))
     _free(model, [link.module for link in links.values()])
     return CutModel(pieces, sequence, holders)
+
+
+def _check_split(bounds: Sequence[int], layout: Layout) -> None:
+    """Raise UserError if a stage is one end of a GPT alone: its backward has no halves."""
+    ends = {(0, 1): "the embedding", (bounds[-1] - 1, bounds[-1]): "the head"}
+    for stage, span in enumerate(pairwise(bounds)):
+        if span in ends:
+            what = f"stage {stage} of pp {layout.pp} is {ends[span]} alone, and zb_h1 splits the backward of blocks"
+            raise UserError(what, fix="the schedule 1f1b, or fewer stages")
 
 
 def _chain(model: nn.Module, layout: Layout) -> Chain | None:

@@ -31,7 +31,7 @@ from minispeed.optim import AdamW, check_elementwise, decay_groups, needs_closur
 from minispeed.parts import Layout, Lines, Part
 from minispeed.precision import Precision
 from minispeed.reader import reading
-from minispeed.runner import MicroBatch, Observe, Runner, ignore
+from minispeed.runner import MicroBatch, Observe, Runner, check_alike, ignore
 from minispeed.scaler import LossScaler
 from minispeed.schedules import Schedule, constant, set_rates
 from minispeed.snapshot import Source, pieces_of, put_back
@@ -138,6 +138,9 @@ class Engine:
         agree(self.group, settings | {f"parameter {name}": _describe(p) for name, p in model.named_parameters()})
         for tensor in [*(p for p in model.parameters() if owner_of(p) is None), *model.buffers()]:
             self.group.broadcast(tensor.detach(), 0).wait()  # who has an owner was born with equal values
+        if not any(p.requires_grad for p in model.parameters()):
+            count = sum(1 for _ in model.parameters())
+            raise UserError(f"none of the {count} parameters requires a gradient", fix="requires_grad_(True)")
         groups = [dict(of) for of in param_groups or decay_groups(model, weight_decay)]
         self.names = [name for name, _ in model.named_parameters()]
         cut = cut_model(model, layout, self.lines, plan, chain)
@@ -199,12 +202,13 @@ class Engine:
     ) -> Report:
         """Make one update from all micro-batches of all ranks together. Every rank brings as many.
 
-        micro_batches  the same on ranks that share a copy of the model
+        micro_batches  the same on ranks that share a copy of the model; of one shape where it is a pipeline
         observe        is given each micro-batch, this rank's tokens of it, with their losses, nats, 0 where not
                        supervised; of ranks that have the same losses, on one
         watch_small    count, for the report, the gradients that fp16 could not hold without the loss scale
         """
         # 1. count, so that everything after is a plain sum
+        check_alike(micro_batches, self.lines)
         counts = [sum(micro.num_supervised for micro in micro_batches)]
         counts.append(sum(int((micro.documents >= 0).sum()) for micro in micro_batches))
         num_supervised, num_tokens = sums_of(self.lines.dp, counts).tolist()
@@ -316,11 +320,13 @@ class Engine:
             part.sharded.forget()
         names = self.names
         firsts = everyones(self.group, [names.index(found[0]) if found else len(names)]).flatten().tolist()
-        bad = [(rank, index) for rank, index in enumerate(firsts) if index < len(names)]
+        # a backward begins in the last stage, and what is wrong there is handed on
+        bad = [(-self.lines.mesh.coords(rank)["pp"], rank, index) for rank, index in enumerate(firsts)]
+        bad = sorted(one for one in bad if one[2] < len(names))
         step = self.step - 1
         if not bad:
             return f"step {step}: finite on every rank, not when summed in {self.precision.name}"
-        rank, index = bad[0]
+        _, rank, index = bad[0]
         return f"step {step}: the gradient of {names[index]} on rank {rank} is not finite"
 
     def reading(self) -> contextlib.AbstractContextManager[Reader]:

@@ -52,6 +52,11 @@ class Layout:
         for what, name, known in (("schedule", self.schedule, SCHEDULES), ("sequence", self.sequence, KINDS)):
             if name not in known:
                 raise UserError(f"{what} is {name!r}, not one of {', '.join(known)}", fix=nearest(name, known) or "")
+        for axis in ("pp", "sp", "tp", "virtual"):
+            if getattr(self, axis) < 1:
+                raise UserError(f"{axis} is {getattr(self, axis)}", fix=f"{axis}=1, or more")
+        if self.tokens and self.tp == 1:
+            raise UserError("tokens are to be cut over the ranks of tp, and tp is 1", fix="tp=2, or no cut of tokens")
         if self.pp == 1 and self.virtual > 1:
             what = f"{self.virtual} stages on each rank of a pipeline of one"
             raise UserError(what, fix="virtual=1, or pp above 1")
@@ -93,6 +98,7 @@ class Lines:
     pp, dp, sp, tp  the ranks that differ from this one along that axis alone
     shards          those that hold other shards of the same parameters: along dp and sp
     model           those that together hold one copy of the parameters: along pp and tp
+    copy            those that together compute with one: along pp, sp and tp
     """
 
     mesh: Mesh
@@ -103,16 +109,17 @@ class Lines:
     tp: Group
     shards: Group
     model: Group
+    copy: Group
 
     @classmethod
     def of(cls, mesh: Mesh, world: Group) -> "Lines":
         """Return the groups of this rank; every rank of the world calls this."""
         axes: dict[str, tuple[str, ...]] = {axis: (axis,) for axis in mesh.sizes}
+        axes |= {"shards": ("dp", "sp"), "model": ("pp", "tp"), "copy": ("pp", "sp", "tp")}
         groups: dict[tuple[tuple[int, ...], ...], Group] = {}
-        for along in ((), *axes.values(), ("dp", "sp"), ("pp", "tp")):
+        for along in ((), *axes.values()):
             lines = tuple(mesh.lines(*along))
             groups[lines] = groups.get(lines) or world.subgroup(lines)
-        axes |= {"shards": ("dp", "sp"), "model": ("pp", "tp")}
         return cls(mesh=mesh, world=world, **{name: groups[tuple(mesh.lines(*along))] for name, along in axes.items()})
 
     @property

@@ -4,6 +4,7 @@ One stage on one rank or many on many: the ranks of a pipeline follow the progra
 is one of those. Rows are shared out before, by tokens, where several ranks share a row.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minispeed.collective.numbers import everyones
 from minispeed.errors import UserError
 from minispeed.model.dropout import drops_out
 from minispeed.model.loss import IGNORED
@@ -76,6 +78,17 @@ Observe = Callable[[MicroBatch, Tensor], None]
 
 def ignore(micro: MicroBatch, losses: Tensor) -> None:
     """Observe nothing."""
+
+
+def check_alike(micro_batches: Sequence[MicroBatch], lines: Lines) -> None:
+    """Raise UserError unless the ranks that share a copy of the model bring the same rows: each sees parts of them."""
+    rows = [x.cpu().numpy().tobytes() for micro in micro_batches for x in (micro.tokens, micro.labels)]
+    seen = everyones(lines.copy, [zlib.crc32(b"".join(rows))]).flatten().tolist()
+    other = next((rank for rank, found in enumerate(seen) if found != seen[0]), None)
+    if other is not None:
+        members = lines.copy.members
+        what = f"ranks {members[0]} and {members[other]} share a copy of the model, and bring different rows"
+        raise UserError(what, fix="the rows of the replica: engine.lines.dp.rank of engine.lines.dp.size")
 
 
 class Runner:

@@ -213,7 +213,7 @@ def test_a_deadlock_names_its_cycle_and_nobody_else(programs, cycle):
         (lambda: one_f_one_b(0, 1), r"a pipeline of 0 ranks; try: 1 or more"),
         (lambda: gpipe(1, 0), r"a pipeline of 0 micro-batches"),
         (lambda: gpipe(1, 1, 0), r"a pipeline of 0 stages on each rank"),
-        (lambda: one_f_one_b(2, 2, 2), r"one_f_one_b has one stage on each rank, not 2; try: interleaved"),
+        (lambda: one_f_one_b(2, 2, 2), r"1f1b has one stage on each rank, not 2; try: interleaved"),
         (lambda: zb_h1(2, 2, 3), r"zb_h1 has one stage on each rank, not 3"),
         (lambda: with_messages([parse("F00 B00 >F00"), []]), r"rank 0's program has SEND_F.stage 0, micro 0.; try"),
         (lambda: with_messages([parse("F10 B10"), []]), r"rank 0's program has F.* try: rank 1 of 2 holds that stage"),

@@ -101,10 +101,13 @@ def build_schedule(options: SftOptions, total: int) -> Schedule:
 def build_engine(options: SftOptions, model: GPT, group: Group, schedule: Schedule) -> Engine:
     """Return the engine that trains a model; recomputation and compilation are switched on in the model itself.
 
-    Raises  UserError for --compile at ZeRO stage 3, and as `recompute` and `Engine` do
+    Raises  UserError for --compile at ZeRO stage 3 or with recomputed layers, and as `recompute` and `Engine` do
     """
     chosen, precision = Chosen.of(options), build_precision(options, group)
     recompute(model, options.recompute)
+    if options.compile and options.recompute not in ("none", "attention"):
+        what = f"--compile with --recompute {options.recompute}: a compiled layer saves other things when it runs again"
+        raise UserError(what, fix="--recompute attention, or no --compile")
     if options.compile:
         compile_blocks(model, options.zero)
     scaler = LossScaler.static(options.loss_scale) if options.loss_scale else LossScaler()

@@ -9,8 +9,11 @@ from typing import Any
 
 @contextmanager
 def interrupts_left_to_ranks() -> Iterator[None]:
-    """Ignore ctrl-C in the process that waits for the ranks: they save, stop, and it ends with them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Do nothing at ctrl-C in the process that waits for the ranks: they stop, and it ends with them.
+
+    A signal that is ignored would be ignored in the ranks too, until they train and look for it.
+    """
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         yield
     finally:

@@ -52,6 +52,16 @@ def check_options(options: SftOptions) -> None:
     told = [name for name in ("steps", "epochs", "minutes") if getattr(options, name) is not None]
     if len(told) > 1 and not options.resume:
         raise UserError(f"--{told[0]} and --{told[1]} both say when to stop", fix=f"--{told[0]} alone")
+    if options.trace and options.steps is not None and options.steps <= options.trace_steps:
+        what = f"--trace-steps {options.trace_steps}, from the second on, are not in a run of {options.steps}"
+        raise UserError(what, fix=f"--steps {options.trace_steps + 1}")
+    if options.deep != "none" and Path(options.model).is_dir():
+        raise UserError(f"--deep {options.deep} is for a new model, and {options.model} is one", fix="no --deep")
+    if options.sequence_parallel and options.tp == 1:
+        raise UserError("--sequence-parallel cuts among the ranks of --tp, which is 1", fix="--tp 2")
+    if options.pipeline_schedule != "1f1b" and options.pp == 1:
+        what = f"--pipeline-schedule {options.pipeline_schedule} orders a pipeline, and --pp is 1"
+        raise UserError(what, fix="--pp 2, or no --pipeline-schedule")
     if not options.dry_run:
         RunDirectory(options.out).check(resume=options.resume)
 

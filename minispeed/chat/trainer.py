@@ -164,11 +164,13 @@ class Trainer:
             self.say(f"step {self.engine.step}: skipped, the loss scale is now {self.engine.scaler.scale:g}")
         if report.nonfinite:
             what = f"{report.nonfinite}, and the loss scale {report.scale:g} can go no lower"
-            raise UserError(what, fix="a lower --lr, or --dtype fp32 to see whether it comes from rounding")
+            raise UserError(what, fix="a lower --lr or --loss-scale; --dtype fp32 to see whether it is rounding")
 
     def is_late(self) -> bool:
         """Whether the time is over on any rank; if so, say it."""
-        if math.isinf(self.clock.budget) or not any_of(self.group, self.clock.is_over):
+        if math.isinf(self.clock.budget) or self.engine.step == self.total:
+            return False
+        if not any_of(self.group, self.clock.is_over):
             return False
         self.say(
             f"the time is over at step {self.engine.step} of {self.total}: the machine became slower than it was, and "

@@ -35,7 +35,7 @@ class Put(NamedTuple):
 class Deferred(TorchFunctionMode):
     """The gradients of weights that one micro-batch has put off in one stage; a context for its forward and backward.
 
-    num_linears  calls of linear in the forward whose weight gradients are put off
+    num_linears  calls of linear in the forward; of a frozen weight there is no gradient to put off
     """
 
     def __init__(self) -> None:
@@ -62,10 +62,10 @@ class Deferred(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        self.num_linears += 1
         is_trained = isinstance(weight, nn.Parameter) and weight.requires_grad
         if not is_trained or not (bias is None or isinstance(bias, nn.Parameter)):
             return F.linear(input, weight, bias)
-        self.num_linears += 1
         return _Linear.apply(input, weight, bias, self._queue)
 
 

@@ -34,7 +34,7 @@ def one_f_one_b(ranks: int, micros: int, virtual: int = 1) -> list[Program]:
     Raises  UserError if a rank is to have several stages
     """
     _check(ranks, micros, virtual)
-    _check_single("one_f_one_b", virtual)
+    _check_single("1f1b", virtual)
     return [_alternate(_block("F", [i], micros), _block("B", [i], micros), ranks - 1 - i) for i in range(ranks)]
 
 
@@ -153,4 +153,4 @@ def _check(ranks: int, micros: int, virtual: int) -> None:
 
 def _check_single(schedule: str, virtual: int) -> None:
     if virtual != 1:
-        raise UserError(f"{schedule} has one stage on each rank, not {virtual}", fix="interleaved, or virtual=1")
+        raise UserError(f"{schedule} has one stage on each rank, not {virtual}", fix="interleaved, or one stage")

@@ -96,8 +96,8 @@ class Stage:
             outputs = self.run(leaves, micro)
         if not isinstance(outputs, tuple) or not all(isinstance(x, Tensor) for x in outputs):
             raise UserError(f"a stage's run returned a {type(outputs).__name__}", fix="a tuple of tensors")
-        if deferred and not deferred.num_linears:
-            what = "a backward in two halves of a stage without a trained weight in torch.nn.functional.linear"
+        if deferred and not deferred.num_linears and differentiable(outputs):
+            what = "a backward in two halves of a stage without torch.nn.functional.linear"
             raise UserError(what, fix="nn.Linear in every stage, or a schedule that does not split the backward: 1f1b")
         return Made(outputs, leaves, deferred)
 
@@ -112,8 +112,9 @@ class Stage:
             assert self.loss is not None
             tensors = (self.loss(made.bundle, micro),)
             gradients = (torch.ones_like(tensors[0]),)
-        with made.deferred or nullcontext():
-            (self.backward.inputs if made.deferred else self.backward.whole)(tensors, gradients, micro)
+        if tensors:  # else nothing in this stage or before it is trained
+            with made.deferred or nullcontext():
+                (self.backward.inputs if made.deferred else self.backward.whole)(tensors, gradients, micro)
         given = tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in differentiable(made.inputs))
         return Made(given, deferred=made.deferred)
 

@@ -79,7 +79,7 @@ class ShardedModel:
         persistence   stage 3: a unit of fewer elements stays whole, as at stage 2
         predivide     what gradients are divided by on their way to the sum
         alone         names of parameters that are a unit each, whatever the division
-        Raises        UserError if nothing is trainable, or a name is in no unit, or in two
+        Raises        UserError if a name is in no unit, or in two
         """
         self.module, self.group, self.stage = module, group, check_stage(stage)
         self.dtypes, self.prefetch = dtypes, prefetch
@@ -89,8 +89,6 @@ class ShardedModel:
                 what = f"{name} is of {p.dtype}, and parameters lie in one buffer of the compute dtype"
                 raise UserError(what, fix="register_buffer for what is not trained")
         trainable = [name for name, p in parameters.items() if p.requires_grad]
-        if not trainable:
-            raise UserError(f"none of the {len(parameters)} parameters requires a gradient", fix="requires_grad_(True)")
         param_groups = param_groups or [trainable]
         check_names(param_groups, trainable, "parameter group")
         division = units or units_of(module)

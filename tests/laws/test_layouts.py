@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
@@ -26,11 +27,13 @@ from minispeed.model.dropout import cells_of
 from minispeed.model.generate import Answer, generate
 from minispeed.model.gpt import GPT
 from minispeed.model.loss import IGNORED
+from minispeed.model.presets import preset
 from minispeed.model.recompute import recompute
 from minispeed.optim import SGD, AdamW, decay_groups
 from minispeed.parts import Layout
 from minispeed.pipeline.partition import partition
 from minispeed.precision import Precision
+from minispeed.scaler import LossScaler
 from minispeed.schedules import constant
 from minispeed.testing.pool import shared_pool
 
@@ -283,6 +286,60 @@ def test_every_cut_writes_the_same(case, lengths):
     prompts = [torch.randint(0, case.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     expected = generate(GPT(case.config, seed=case.seed).to(torch.float64), prompts, stop=[0], max_new=3)
     assert run_threads(lambda group: write(case, group, prompts), case.ranks) == [expected] * case.ranks
+
+
+def tiny(group: Group, **layout: Any) -> Engine:
+    config = preset("nano", num_layers=4, model_dim=4, num_heads=2, num_kv_heads=2, head_dim=2, hidden_dim=4)
+    model = GPT(replace(config, vocab_size=5, max_positions=TOKENS, tied=False)).to(torch.float64)
+    return Engine(model, group, layout=Layout(**layout), precision=Precision(torch.float64), lr=LR)
+
+
+def some_rows(seed: int) -> MicroBatch:
+    tokens, labels = torch.randint(0, 5, (2, 1, TOKENS), generator=torch.Generator().manual_seed(seed))
+    zeros = torch.zeros_like(tokens)
+    return MicroBatch(tokens, labels, torch.arange(TOKENS)[None], zeros, zeros)
+
+
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"tp": 2}, {"sp": 2}])
+def test_ranks_of_one_copy_that_bring_other_rows_are_named(layout):
+    with pytest.raises(UserError, match="ranks 0 and 1 share a copy of the model, and bring different rows"):
+        run_threads(lambda group: tiny(group, **layout).train_step([some_rows(group.rank)]), 2)
+
+
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"pp": 2, "schedule": "zb_h1"}, {"pp": 2, "tp": 2}])
+def test_what_is_not_finite_is_named_where_the_backward_met_it_first(layout):
+    def train(group: Group) -> str:
+        engine = tiny(group, **layout)
+        engine.scaler = LossScaler(scale=1.0, floor=1.0)
+        with torch.no_grad():
+            for part in engine.parts:
+                for name, p in part.sharded.module.named_parameters():
+                    if name == "blocks.3.mlp_norm.weight":
+                        p.fill_(math.nan)
+        return engine.train_step([some_rows(0)]).nonfinite
+
+    ranks = 2 * layout.get("tp", 1)
+    for found in run_threads(train, ranks):
+        assert f"on rank {ranks // 2} " in found and ("head" in found or "norm" in found), found
+
+
+@pytest.mark.parametrize("frozen", ["embed blocks.0 blocks.1", "blocks.2 blocks.3 norm head"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_a_stage_may_be_frozen(frozen, schedule):
+    def train(group: Group) -> dict[str, torch.Tensor]:
+        config = preset("nano", num_layers=4, model_dim=4, num_heads=2, num_kv_heads=2, head_dim=2, hidden_dim=4)
+        model = GPT(replace(config, vocab_size=5, max_positions=TOKENS, tied=False)).to(torch.float64)
+        for name in frozen.split():
+            model.get_submodule(name).requires_grad_(False)
+        layout = Layout(pp=group.size, schedule=schedule if group.size > 1 else "1f1b")
+        engine = Engine(model, group, layout=layout, precision=Precision(torch.float64), lr=LR, optimizer=SGD)
+        for step in range(2):
+            engine.train_step([some_rows(step), some_rows(step + 9)])
+        return {piece.name: piece.tensor.clone() for piece in engine.pieces() if piece.name.startswith("parameters/")}
+
+    (expected,) = run_threads(train, 1)
+    for found in run_threads(train, 2):
+        assert found and all(close(tensor, expected[name]) for name, tensor in found.items())
 
 
 @given(cases(most=4))
