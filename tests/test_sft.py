@@ -333,15 +333,13 @@ WRONG = {
     "--pp 2 x --sp 1 x --tp 1 = 2 ranks, but --ranks is 3": ["--pp", "2", "--ranks", "3"],
     "--dp 2 x --pp 1 x --sp 1 x --tp 2 = 4 ranks, but --ranks is 2": ["--dp", "2", "--tp", "2", "--ranks", "2"],
     "--micro-batch 3 does not divide 4 rows": ["--pp", "2", "--micro-batch", "3"],
-    "heads of 32 features, which tp=3 does not divide": ["--tp", "3"],
-    "6 layers cannot fill 7 stages": ["--pp", "7"],
-    "interleaved sends micro-batches in groups of 2": [
-        *["--pp", "2", "--pipeline-schedule", "interleaved", "--micro-batch", "4"]
-    ],
+    "--sequence-parallel cuts among the ranks of --tp, which is 1": ["--sequence-parallel"],
+    "--pipeline-schedule zb_h1 orders a pipeline, and --pp is 1": ["--pipeline-schedule", "zb_h1"],
+    "--trace-steps 6, from the second on, are not in a run of 6": ["--trace", "t.json", "--trace-steps", "6"],
 }
 
 
-@pytest.mark.parametrize(("message", "words"), WRONG.items(), ids=[words[0] + words[1] for words in WRONG.values()])
+@pytest.mark.parametrize(("message", "words"), WRONG.items(), ids=[" ".join(words) for words in WRONG.values()])
 def test_a_layout_that_cannot_be_is_a_sentence(message, words, chats, tmp_path, capfd):
     assert sft(tmp_path / "run", chats, *words) == 2
     assert message in capfd.readouterr().err
