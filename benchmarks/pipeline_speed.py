@@ -125,7 +125,7 @@ class Contest:
         """Return this rank's stage of the model, on some micro-batches."""
 
         def run(inputs: tuple[Tensor, ...], micro: int) -> tuple[Tensor, ...]:
-            tokens, labels, positions, documents, tasks = micros[micro]
+            tokens, labels, positions, documents, tasks, _ = micros[micro]
             return self.chunk(inputs, tokens, labels, positions=positions, documents=documents, tasks=tasks)
 
         return Stage(run=run, loss=lambda outputs, micro: outputs[0].sum() / num_supervised(micros))
