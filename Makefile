@@ -33,7 +33,7 @@ test: developer
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-logo
-	$(RUN) -m pytest --examples $(N) $(ARGS)
+	$(RUN) -m pytest -n auto --dist worksteal --examples $(N) $(ARGS)
 
 N_LATTICE := $(if $(filter command line environment,$(origin N)),$(N),1000)
 lattice: developer

@@ -54,3 +54,9 @@ class Census(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata not in self._weak or self._weak[storage._cdata].expired():
             self._weak[storage._cdata] = StorageWeakRef(storage)
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Return the bytes of the storages under these tensors, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

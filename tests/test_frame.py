@@ -313,7 +313,7 @@ def test_the_test_command_runs_every_check():
         "ruff format --check .",
         "-m mypy",
         "importlinter",
-        "pytest --examples 7",
+        "pytest -n auto --dist worksteal --examples 7",
         "bootstrap",
     ):
         assert check in recipe

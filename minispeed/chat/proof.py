@@ -11,7 +11,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minispeed.census import storage_bytes
 from minispeed.chat.evaluate import micro_batches
 from minispeed.chat.pack import Batch, Packing
 from minispeed.checkpoint import Checkpoint, save
@@ -243,12 +244,6 @@ def train_step_counted(engine: Engine, rows: Sequence[MicroBatch]) -> tuple[Repo
         report = engine.train_step(rows)
     states = [value for state in engine.optimizer.state.values() for value in state.values() if value.dim()]
     return report, most + storage_bytes([*states, *(x for unit in units for x in (unit.flat, unit.shard, unit.master))])
-
-
-def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Return the bytes of the storages under these tensors, each counted once."""
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def parameters(folder: Path) -> dict[str, Tensor]:

@@ -26,13 +26,6 @@ from torch.autograd.function import once_differentiable
 from minispeed.errors import UserError, nearest
 from minispeed.model.mask import Mask
 
-try:
-    from torch.nn.attention import varlen
-
-    varlen_kernel: Callable[..., Any] | None = varlen.varlen_attn
-except ImportError:  # an older torch
-    varlen_kernel = None
-
 HALF = (torch.float16, torch.bfloat16)
 _told: list[str] = []  # what has been printed once
 
@@ -77,8 +70,10 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         raise UserError("the fused attention cannot drop weights: it never holds them", fix="reference, or tiled")
     if mask.is_plain():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    if q.is_cuda and q.dtype in HALF and varlen_kernel is not None and mask.runs() is not None:
-        return by_documents(q, k, v, mask, varlen_kernel)
+    if q.is_cuda and q.dtype in HALF and mask.runs() is not None:
+        from torch.nn.attention.varlen import varlen_attn  # here: it imports torch's compiler, which takes seconds
+
+        return by_documents(q, k, v, mask, varlen_attn)
     bias = mask.bias(q)
     if q.is_cuda and q.shape[1] != k.shape[1]:  # no fast kernel knows both shared heads and a mask
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
+from minispeed.census import storage_bytes
 from minispeed.checkpoint import Piece
 from minispeed.engine import Engine
 from minispeed.layout import Interval
@@ -42,12 +43,6 @@ def measure_held(engine: Engine, step: Callable[[], object]) -> Held:
     states = engine.optimizer.state.values()
     optimizer = [value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim()]
     return Held(parameters, most, storage_bytes([*optimizer, *(unit.master for unit in units if are_apart)]))
-
-
-def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Return the bytes of the storages under these tensors, each counted once."""
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 class InMemory:

@@ -1,7 +1,8 @@
 """Notice that an operation is about to read a tensor, whoever made it.
 
 Two ways, for one alone would miss some: a mode that sees the arguments of each function of torch's, and hooks on what
-autograd saves, which see it when it is taken out again. (In a backward autograd's C++ switches modes off.)
+autograd saves, which see it when it is taken out again. (A backward is handed to the modes that are on, and runs
+without them.)
 
 torch's extension by `__torch_function__`: https://docs.pytorch.org/docs/stable/notes/extending.html
 """
