@@ -8,9 +8,9 @@ import torch
 
 from minispeed.__main__ import main
 from minispeed.chat import converse as converse_module
+from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.conversation import Conversation, Turn
 from minispeed.chat.converse import RESERVE, shorten
-from minispeed.chat.run import ChatModel
 from minispeed.chat.template import Template
 from minispeed.chat.tokenizer import ChatTokenizer
 from minispeed.model.gpt import GPT

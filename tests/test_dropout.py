@@ -16,9 +16,9 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from minispeed.__main__ import main
+from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.evaluate import micro_batches
 from minispeed.chat.pack import Batch
-from minispeed.chat.run import ChatModel
 from minispeed.collective.group import SoloGroup
 from minispeed.collective.threads import run_threads
 from minispeed.engine import Engine

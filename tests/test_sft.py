@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from minispeed.__main__ import main
 from minispeed.chat import run as run_module
+from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.evaluate import bytes_of_tokens, evaluate_with, measure_loss
 from minispeed.chat.pack import Packing
 from minispeed.chat.prepare import encode_documents
 from minispeed.chat.prepared import Prepared
-from minispeed.chat.run import ChatModel, RunDirectory
+from minispeed.chat.run import RunDirectory
 from minispeed.chat.trainer import Trainer
 from minispeed.chrome import read_trace
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
+from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.commands import ChatOptions
 from minispeed.chat.conversation import ASSISTANT, SYSTEM, USER, Turn
-from minispeed.chat.run import ChatModel, use_threads
+from minispeed.chat.run import use_threads
 from minispeed.chat.tokenizer import Stream
 from minispeed.collective.world import best_device
 from minispeed.errors import UserError

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from minispeed import checkpoint
+from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.commands import ChatOptions, DemoOptions, SftOptions
 from minispeed.chat.conversation import USER, Turn
 from minispeed.chat.converse import converse, reply
@@ -22,7 +23,6 @@ from minispeed.chat.evaluate import answer_all
 from minispeed.chat.pack import Packing
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.proof import ROWS, STEPS, Proof, prove, rows_of, small
-from minispeed.chat.run import ChatModel
 from minispeed.chat.score import Answered, nearest_answers, summarise_tasks
 from minispeed.chat.sft import cache_folder, sft
 from minispeed.chat.skills import (

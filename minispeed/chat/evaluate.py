@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.commands import EvalOptions
 from minispeed.chat.conversation import Conversation
 from minispeed.chat.documents import Documents
@@ -23,7 +24,7 @@ from minispeed.chat.pack import Batch, Packing
 from minispeed.chat.prepare import encode_documents
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.read import read
-from minispeed.chat.run import ChatModel, use_threads
+from minispeed.chat.run import use_threads
 from minispeed.chat.score import Answered, bleu, found_by, has_answer, split_last, summarise_tasks
 from minispeed.collective.group import Group, SoloGroup
 from minispeed.collective.world import best_device

@@ -5,6 +5,7 @@ What is found is said and written down as it is found; what follows from it is f
 
 from collections.abc import Sequence
 
+from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.commands import SftOptions
 from minispeed.chat.conversation import Conversation
 from minispeed.chat.evaluate import (
@@ -20,7 +21,6 @@ from minispeed.chat.evaluate import (
 from minispeed.chat.journal import METRICS, SAMPLES, Journal, comparison, transcript
 from minispeed.chat.pack import Packing
 from minispeed.chat.prepared import Prepared
-from minispeed.chat.run import ChatModel
 from minispeed.chat.score import Answered, unigram_loss
 from minispeed.engine import Engine
 

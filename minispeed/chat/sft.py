@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from minispeed.chat.chat_model import ChatModel, check_vocabulary
 from minispeed.chat.commands import SftOptions
 from minispeed.chat.defaults import DEFAULT_SEQ, Choice, count_ranks, fill_in
 from minispeed.chat.interrupts import interrupts_left_to_ranks
 from minispeed.chat.prepare import prepare
 from minispeed.chat.prepared import Prepared
-from minispeed.chat.run import ChatModel, RunDirectory, check_vocabulary, use_threads
+from minispeed.chat.run import RunDirectory, use_threads
 from minispeed.chat.show import report_text
 from minispeed.chat.tracing import Tracer
 from minispeed.chat.trainer import Trainer

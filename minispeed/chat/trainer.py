@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from minispeed.chat.build import Chosen, build_engine, build_rows, build_schedule
+from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.clock import Clock, sample_is_due
 from minispeed.chat.commands import SftOptions
 from minispeed.chat.evaluate import Loss, by_name, by_task, share_of
@@ -19,7 +20,7 @@ from minispeed.chat.examine import Examiner, over_all
 from minispeed.chat.interrupts import deferred_interrupt
 from minispeed.chat.journal import METRICS, SAMPLES, Journal
 from minispeed.chat.prepared import Prepared
-from minispeed.chat.run import ChatModel, RunDirectory
+from minispeed.chat.run import RunDirectory
 from minispeed.chat.together import fix_together
 from minispeed.chat.tracing import Tracer
 from minispeed.collective.group import Group
