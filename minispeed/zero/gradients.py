@@ -85,13 +85,13 @@ class DataParallelUnit:
     def lend(self) -> None:
         """Let autograd add gradients that stay right into the buffer of collected ones, where it is of their dtype.
 
-        Writes  p.grad of each parameter, a view of `full`; zeros before the first micro-batch
+        Before the first micro-batch there is none: what autograd makes is copied then, which takes less than zeros do.
+
+        Writes  p.grad of each parameter, a view of `full`
         """
-        if self.stage >= 2 or self.dtypes.collect != self.dtypes.compute:
-            return  # they are gone when the backward is over, or of another dtype
+        if self.full is None or self.stage >= 2 or self.dtypes.collect != self.dtypes.compute:
+            return  # nothing yet, or they are gone when the backward is over, or of another dtype
         with plainly():
-            if self.full is None:
-                self.full = self._take_room().zero_()
             for p, view in zip(self.parameters.values(), self.layout.views(self.full).values()):
                 if p.requires_grad and p.grad is None:
                     p.grad = view
