@@ -245,18 +245,22 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def check(case: Case, *, processes: bool = False) -> None:
-    expected, parameters = plain(case)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         if processes:
-            ran = shared_pool().run(cut_in, case, folder, ranks=case.ranks)
+            ran = shared_pool().run(cut_in, case, Path(name), ranks=case.ranks)
         else:
-            ran = run_threads(lambda group: cut(case, group, folder), case.ranks)
-        stored = Checkpoint(folder / "c")
-        for name, tensor in parameters.items():
-            found = stored.tensor(f"parameters/{name}")
-            assert found is not None and found.shape == tensor.shape, name
-            assert close(found, tensor), f"{name} differs by {(found - tensor).abs().max():.2e}"
+            ran = run_threads(lambda group: cut(case, group, Path(name)), case.ranks)
+        check_run(case, ran, Path(name))
+
+
+def check_run(case: Case, ran: list[list[Report]], folder: Path) -> None:
+    """Compare what the ranks reported, and what they wrote into the folder, with a plain loop."""
+    expected, parameters = plain(case)
+    stored = Checkpoint(folder / "c")
+    for name, tensor in parameters.items():
+        found = stored.tensor(f"parameters/{name}")
+        assert found is not None and found.shape == tensor.shape, name
+        assert close(found, tensor), f"{name} differs by {(found - tensor).abs().max():.2e}"
     for reports in ran:
         assert reports == ran[0]
         for report, numbers in zip(reports, expected, strict=True):
