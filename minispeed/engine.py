@@ -34,12 +34,13 @@ from minispeed.reader import reading
 from minispeed.runner import MicroBatch, Observe, Runner, check_alike, ignore
 from minispeed.scaler import LossScaler
 from minispeed.schedules import Schedule, constant, set_rates
-from minispeed.snapshot import Source, pieces_of, put_back
+from minispeed.sharding import dtypes_for, make_optimizer, shard_parts
+from minispeed.snapshot import Source, given_by, pieces_of, put_back
 from minispeed.tensor.plan import Plan
 from minispeed.ties import Ties
 from minispeed.zero.absent import owner_of
 from minispeed.zero.sharded import Offload, ShardedModel
-from minispeed.zero.unit import Dtypes, ShardedUnit
+from minispeed.zero.unit import ShardedUnit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,7 @@ class Engine:
         layout: Layout = Layout(),
         plan: Plan | None = None,
         chain: Chain | None = None,
+        source: Source | None = None,
     ) -> None:
         """Take over the model's parameters; every rank builds the whole model and starts from rank 0's values.
 
@@ -107,6 +109,8 @@ class Engine:
         param_groups  {"names", ...}: the trainable parameters by group, each with the optimizer's settings of that
                       group; matrices with `weight_decay` and vectors without when absent
         scaler        the loss scale and how it changes; fp16 needs one
+        source        where the values of parameters are read from, by each rank its own slices alone; what it has not
+                      is rank 0's. With a model that was built `hollow_on` a device, nothing is whole on any rank
         divisor       what the summed gradient is divided by at the step, for losses that are means of their own
         predivide     how much of that is divided out before gradients are summed over ranks
         units, bucket, overlap, prefetch, persistence, offload   see `ShardedModel`
@@ -136,56 +140,40 @@ class Engine:
         settings |= {"bucket": bucket, "prefetch": prefetch, "persistence": persistence, "offload": offload}
         settings["layout"] = layout
         agree(self.group, settings | {f"parameter {name}": _describe(p) for name, p in model.named_parameters()})
-        for tensor in [*(p for p in model.parameters() if owner_of(p) is None), *model.buffers()]:
-            self.group.broadcast(tensor.detach(), 0).wait()  # who has an owner was born with equal values
+        given = set() if source is None else given_by(source)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if owner_of(tensor) is None and name not in given:  # who has an owner was born with equal values
+                self.group.broadcast(tensor.detach(), 0).wait()
         if not any(p.requires_grad for p in model.parameters()):
             count = sum(1 for _ in model.parameters())
             raise UserError(f"none of the {count} parameters requires a gradient", fix="requires_grad_(True)")
         groups = [dict(of) for of in param_groups or decay_groups(model, weight_decay)]
         self.names = [name for name, _ in model.named_parameters()]
         cut = cut_model(model, layout, self.lines, plan, chain)
-        accumulate = precision.accumulate or precision.master
-        dtypes = Dtypes(
-            compute=precision.compute,
-            master=precision.master,
-            # stages 0 and 1 add up whole gradients before they are summed over ranks, stages 2 and 3 their shards after
-            collect=precision.compute if zero >= 2 else accumulate,
-            reduce=precision.reduce or precision.compute,
-            gradient=accumulate,
+        self.parts = shard_parts(
+            cut,
+            self.lines,
+            groups,
+            units,
+            stage=zero,
+            dtypes=dtypes_for(precision, zero),
+            bucket=bucket,
+            overlap=overlap,
+            prefetch=prefetch,
+            persistence=persistence,
+            offload=offload,
+            predivide=predivide,
         )
-        self.parts = []
-        for piece in cut.pieces:
-            sharded = ShardedModel(
-                piece.module,
-                self.lines.shards,
-                stage=zero,
-                dtypes=dtypes,
-                param_groups=[piece.local(of["names"]) for of in groups],
-                units=None if units is None else {where: piece.local(names) for where, names in units.items()},
-                bucket=bucket,
-                overlap=overlap,
-                prefetch=prefetch,
-                persistence=persistence,
-                offload=offload,
-                predivide=predivide,
-                alone=piece.tied,
-            )
-            self.parts.append(Part(piece.stage, piece.run, sharded, piece.logical))
         self.ties = Ties(self.parts, cut.holders, self.lines.pp)
         self.runner = Runner(self.parts, layout, self.lines, cut.sequence, self.device)
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(precision.compute)
-        masters = [part.sharded.masters_by_group(len(groups)) for part in self.parts]
-        for index, of in enumerate(groups):
-            del of["names"]
-            of["params"] = [master for of_part in masters for master in of_part[index]]
-        try:
-            self.optimizer = (optimizer or (lambda groups: AdamW(groups, lr=lr, betas=betas)))(groups)
-        except ValueError as error:
-            how = "each a whole tensor" if zero == 0 else f"at ZeRO stage {zero} flat shards of many"
-            raise UserError(f"the optimizer refuses the parameters, {how}: {error}", fix="zero=0, or AdamW") from error
+        make = optimizer or (lambda groups: AdamW(groups, lr=lr, betas=betas))
+        self.optimizer = make_optimizer(self.parts, groups, make, zero=zero)
         check_elementwise(self.optimizer, zero, pp=layout.pp, tp=layout.tp)
+        if source is not None:
+            put_back(self.parts, self.optimizer, source, with_optimizer=False, strict=False)
 
     @property
     def sharded(self) -> ShardedModel:

@@ -51,13 +51,24 @@ def pieces_of(parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> list[P
     return found
 
 
+def given_by(source: Source) -> set[str]:
+    """Return the names of the parameters that a source has."""
+    return {name.partition("/")[2] for name in source.shapes if name.partition("/")[0] == MASTERS}
+
+
 @torch.no_grad()
 def put_back(
-    parts: Sequence[Part], optimizer: torch.optim.Optimizer, source: Source, *, with_optimizer: bool = True
+    parts: Sequence[Part],
+    optimizer: torch.optim.Optimizer,
+    source: Source,
+    *,
+    with_optimizer: bool = True,
+    strict: bool = True,
 ) -> None:
     """Go on from what `pieces_of` returned, under whatever layout.
 
     with_optimizer  False: parameters alone; the optimizer starts anew
+    strict          False: what the source lacks stays as it is
     Raises          UserError naming what the source lacks
     """
     optimizer.state.clear()
@@ -69,9 +80,10 @@ def put_back(
             what = f"{name} has the shape {tuple(held)} in the checkpoint, {tuple(shape)} here"
             raise UserError(what, fix="the checkpoint of a run of this model")
         found = source.read(name, elements, of)
-        if found is None:
+        if found is None and strict:
             raise UserError(f"the checkpoint holds no {name}", fix="the checkpoint of a run of this model")
-        tensor.copy_(found.view(tensor.shape))
+        if found is not None:
+            tensor.copy_(found.view(tensor.shape))
     for part in parts:
         part.sharded.publish(frozen=True)
 

@@ -29,7 +29,7 @@ from minispeed.model.cache import Cache
 from minispeed.model.config import GPTConfig
 from minispeed.model.deep import TOKENS, Deep, Outputs
 from minispeed.model.dropout import ATTENTION, EMBEDDING, MLP, Dropout, Dropping, number_of
-from minispeed.model.init import initialise
+from minispeed.model.init import hollow, initialise
 from minispeed.model.loss import token_losses
 from minispeed.model.mask import Mask
 
@@ -69,7 +69,8 @@ class Rows:
 class GPT(nn.Module):
     """The model. Parameters are initialised from (seed, qualified name)."""
 
-    def __init__(self, config: GPTConfig, *, seed: int = 0) -> None:
+    def __init__(self, config: GPTConfig, *, seed: int = 0, hollow_on: torch.device | None = None) -> None:
+        """Build it whole, on the CPU; or, to be filled elsewhere, without memory for its parameters: see `hollow`."""
         super().__init__()
         self.config = config
         self.recomputed: frozenset[str] = frozenset()  # layers whose forward runs again in the backward
@@ -81,6 +82,9 @@ class GPT(nn.Module):
             self.head.weight = self.embed.tokens.weight
         self.deep = Deep(config.connections, config.deep_tasks)
         self.set_dropout(config.dropout, seed=seed)
+        if hollow_on is not None:
+            hollow(self, hollow_on)
+            return
         given = {"deep.alpha": self.deep.identity()}
         initialise(self, seed=seed, model_dim=config.model_dim, num_layers=config.num_layers, given=given)
 

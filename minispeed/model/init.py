@@ -9,7 +9,7 @@ in GPT-2 (Radford et al. 2019, section 2.3).
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +36,40 @@ def initialise(
     `given` at the values there. A parameter with several homes (a tied head) is made once.
     """
     given = given or {}
-    std = math.sqrt(2 / (5 * model_dim))
+
+    def value(name: str, p: Tensor) -> Tensor:
+        if name in given:
+            return given[name]
+        return first_value(seed, name, p.shape, model_dim=model_dim, num_layers=num_layers)
+
+    _make(model, value)
+
+
+def hollow(model: nn.Module, device: torch.device) -> None:
+    """Give every parameter of a model that was built on the meta device its shape and no memory: all zeros are one.
+
+    For values that are read from elsewhere, slice by slice, once it is known who holds what.
+    """
+    _make(model, lambda name, p: torch.zeros((), device=device).expand(p.shape))
+
+
+def first_value(seed: int, name: str, shape: Iterable[int], *, model_dim: int, num_layers: int) -> Tensor:
+    """Return what the parameter `name` of a new model starts as, by the rules above.  (shape), fp32"""
+    shape = tuple(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    writes_to_stream = name.rpartition(".")[0].endswith((".out", ".down"))
+    shrink = math.sqrt(2 * num_layers) if writes_to_stream else 1.0
+    return draw(seed, name, shape, math.sqrt(2 / (5 * model_dim)) / shrink)
+
+
+def _make(model: nn.Module, value: Callable[[str, Tensor], Tensor]) -> None:
+    """Put a parameter of such a value in every parameter's place, the same object in all places of the same."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for name, p in list(model.named_parameters(remove_duplicate=False)):
         home, _, kind = name.rpartition(".")
         if p not in made:
-            shrink = math.sqrt(2 * num_layers) if home.endswith((".out", ".down")) else 1.0
-            values = given[name] if name in given else _first_value(seed, name, p.shape, std / shrink)
-            made[p] = nn.Parameter(values)
+            made[p] = nn.Parameter(value(name, p))
         setattr(model.get_submodule(home), kind, made[p])
-
-
-def _first_value(seed: int, name: str, shape: torch.Size, std: float) -> Tensor:
-    if name.endswith("bias"):
-        return torch.zeros(shape)
-    return torch.ones(shape) if len(shape) == 1 else draw(seed, name, shape, std)
