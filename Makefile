@@ -3,15 +3,16 @@
 # make lattice       only the laws across rooms: layouts drawn by the hundred, and what they covered
 # make gpu           the tests that need a GPU, then what a step costs on it
 # make peers         the same training in DeepSpeed and here, side by side (installs DeepSpeed)
+# make survive       kill -9 a small run at N random moments, and see that it loses nothing
 # make options       write docs/options.md anew from the code
 # make clean         remove the environment and what tools have cached
 #
 # VENV=.venv         where the environment goes; empty: the Python on the path, as it is
 # PYTHON=python3     which Python makes it (3.10 or later; else the first fitting one on the path)
-# N=50               draws per drawn test       ARGS="..."   further words for the demo, or for pytest
+# N=50               draws per drawn test, or kills       ARGS="..."   further words for the demo, or for pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lattice gpu peers options clean runtime developer
+.PHONY: help demo test lattice gpu peers survive options clean runtime developer
 VENV ?= .venv
 N ?= 50
 ARGS ?=
@@ -49,6 +50,9 @@ gpu: developer
 peers: developer
 	@$(BOOTSTRAP) peers
 	$(RUN) -m pytest tests/peers tests/test_examples.py $(ARGS)
+
+survive: runtime
+	$(RUN) tools/survive.py $(N) $(ARGS)
 
 options: runtime
 	$(RUN) -m minispeed --options > docs/options.md.new

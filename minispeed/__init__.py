@@ -7,11 +7,11 @@ A script written for DeepSpeed changes one import, `import minispeed as deepspee
 from typing import TYPE_CHECKING
 
 from minispeed.deepspeed.lazily import lazily
+from minispeed.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from minispeed.collective.launch import launch as launch
 
-__version__ = "0.1.0"
 __path__.append(f"{__path__[0]}/face")
 
 _MODULES = ("accelerator", "checkpointing", "comm", "ops", "optim", "pipe", "runtime", "utils", "zero")

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from minispeed import __version__
 from minispeed.errors import UserError, nearest
 from minispeed.options import Options, page, parse
+from minispeed.version import __version__
 
 
 class Command(NamedTuple):
@@ -40,6 +40,8 @@ COMMANDS = {
         "sft": "fine-tune a model on conversations",
         "eval": "score a trained model on held-out conversations",
         "chat": "talk to a trained model",
+        "export": "write a trained model for transformers",
+        "checkpoint": "list what checkpoints hold, and verify them",
         "explain": "say what a DeepSpeed configuration comes to, and what it costs",
         "timeline": "draw what each rank did when: of a run's trace, or of a simulated pipeline",
         "doctor": "say what a bug report needs to know of this machine",
@@ -101,7 +103,7 @@ def run(words: list[str]) -> int:
 
 def help_text() -> str:
     """Return what `minispeed --help` prints."""
-    lines = [f"  {name:9} {command.line}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:10} {command.line}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "DeepSpeed you can read: chat fine-tuning and the techniques under it, in pure PyTorch.",

@@ -34,20 +34,38 @@ class Held:
         return self.parameters + self.gradients + self.optimizer
 
 
-def held(units: Sequence[int], *, ranks: int, stage: int, dtypes: Dtypes, moments: int = ADAM_MOMENTS) -> Held:
+def held(
+    units: Sequence[int],
+    *,
+    ranks: int,
+    stage: int,
+    dtypes: Dtypes,
+    moments: int = ADAM_MOMENTS,
+    frozen: Sequence[int] = (),
+) -> Held:
     """Return what a rank holds of trainable units of these many elements, padding included.
 
     Padding has no moments: a rank whose shards end in padding holds that much less of them.
-    ZeRO, section 3.1 for the categories, 5.1 to 5.3 for the stages.
+
+    frozen  elements of units that are not trained (of all but the adapters, with LoRA): parameters alone
+    ZeRO, section 3.1 for the categories, 5.1 to 5.3 for the stages. LoRA, Hu et al. 2021, section 4.2.
     """
-    whole = sum(units) if stage == 0 else sum(ranks * shard_size(unit, ranks) for unit in units)
-    mine = sum(units) if stage == 0 else sum(shard_size(unit, ranks) for unit in units)
+    (whole, mine), (whole_frozen, mine_frozen) = (_padded(part, ranks, stage) for part in (units, frozen))
     has_masters = dtypes.master != dtypes.compute
+    parameters = mine + mine_frozen if stage == 3 else whole + whole_frozen
     return Held(
-        parameters=(mine if stage == 3 else whole) * dtypes.compute.itemsize,
+        parameters=parameters * dtypes.compute.itemsize,
         gradients=whole * dtypes.collect.itemsize if stage == 1 else mine * dtypes.gradient.itemsize,
         optimizer=mine * (has_masters + moments) * dtypes.master.itemsize,
     )
+
+
+def _padded(units: Sequence[int], ranks: int, stage: int) -> tuple[int, int]:
+    """Return the elements of the units' buffers, and those of them that are this rank's."""
+    if stage == 0:
+        return sum(units), sum(units)
+    mine = sum(shard_size(unit, ranks) for unit in units)
+    return ranks * mine, mine
 
 
 def sent(units: Sequence[int], *, ranks: int, stage: int, micro: int = 1) -> float:

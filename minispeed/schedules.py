@@ -271,13 +271,14 @@ SCHEDULES: dict[str, type[Any]] = {
 def set_rates(groups: Iterable[dict[str, Any]], schedule: Schedule, lr: float, update: int) -> float:
     """Give an optimizer's groups the rate of an update, and its momentum where the schedule cycles it.
 
+    groups   one that has an "lr_factor" learns at so many times the rate
     lr       what a schedule of factors multiplies; 1 for a schedule of rates
     Returns  the rate
     """
     rate = lr * schedule(update)
     momentum = schedule.momentum(update) if isinstance(schedule, OneCycle) else None
     for group in groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_factor", 1.0)
         if momentum is not None:
             group.update({"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum})
     return rate

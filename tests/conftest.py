@@ -40,9 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_world_is_left() -> Iterator[None]:
-    """A script's world is its process's: the next test begins without one."""
+def nothing_is_left_behind() -> Iterator[None]:
+    """A script's world, and the threads it computes with, are its process's: the next test begins as the first did."""
     yield
     world = sys.modules.get("minispeed.collective.world")
     if world is not None and world.settled_world() is not None:
         world.settle(None)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from test_deepspeed_engine import Net, close, config_of, fill, made, on_ranks, r
 from torch import nn
 
 import minispeed
-from minispeed.deepspeed import fragments
+from minispeed.deepspeed import fragments, saving
 from minispeed.errors import UserError
 
 LAYOUTS = st.tuples(st.integers(1, 3), st.integers(0, 3))
@@ -209,14 +209,158 @@ def test_latest_tags_and_what_is_not_there(tmp_path, capsys):
     assert close(whole(engine), after, most=0)
     with pytest.raises(UserError, match="no checkpoint other in .*global_step1, mine"):
         engine.load_checkpoint(tmp_path, "other")
+    (tmp_path / "latest").write_text("gone")
+    with pytest.raises(UserError, match=rf"{tmp_path}/gone/index.json is missing.*tag=\"global_step1\", the newest"):
+        engine.load_checkpoint(tmp_path)
 
 
-def test_the_module_alone(tmp_path):
-    engine, other = start(2), start(2, model=Net(seed=1).double())
+@given(st.integers(0, 3), st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=12)
+def test_what_is_not_asked_for_stays_as_it_is(stage, states, rates, only):
+    """Parameters are loaded always; moments, rates, the schedule and the counts as DeepSpeed's arguments say."""
+    more = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": 0.01}}}
+
+    def begun(seed, steps):
+        engine = start(stage, model=Net(seed).double(), **more)
+        for index in range(steps):
+            step(engine, 0, 1, index + seed)
+        return engine
+
+    def held(engine):
+        core = engine.core
+        moments = {name: fragments.safe_get_full_optimizer_state(p, "exp_avg") for name, p in named(engine)}
+        numbers = sorted({float(state["step"]) for state in core.optimizer.state.values()})
+        return {
+            "states": (moments, numbers, engine.get_lr()),
+            "rates": engine.lr_scheduler.state_dict(),
+            "counts": (engine.global_steps, engine.micro_steps, engine.global_samples, core.step, core.num_updates),
+        }
+
+    def named(engine):
+        return [(name, p) for name, p in engine.module.named_parameters()]
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine, other = begun(0, 3), begun(5, 1)
+        engine.save_checkpoint(folder, client_state={"epoch": 3})
+        theirs, mine = held(engine), held(other)
+        how = {"load_optimizer_states": states, "load_lr_scheduler_states": rates, "load_module_only": only}
+        assert other.load_checkpoint(folder, **how) == (f"{folder}/global_step3", {"epoch": 3})
+    assert close(whole(other), whole(engine), most=0)
+    expected = {kind: theirs if wanted and not only else mine for kind, wanted in
+                (("states", states), ("rates", rates), ("counts", True))}  # fmt: skip
+    found = held(other)
+    assert all(found[kind] == of[kind] for kind, of in expected.items() if kind != "states")
+    moments, numbers, lr = expected["states"]["states"]
+    assert close(found["states"][0], moments, most=0) and found["states"][1:] == (numbers, lr)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_function_of_the_callers_loads_what_it_likes(tmp_path, stage, half):
+    """Other names, other shapes, on a whole module; masters keep what half precision would round away."""
+    more = {"bf16": {"enabled": True}} if half else {}
+    dtype = torch.float32 if half else torch.float64
+
+    def load(rank):
+        engine, other = (start(stage, model=Net(seed).to(dtype), **more) for seed in (0, 1))
+        engine.backward(engine(rows(2, 1, 0)[0, rank].to(torch.bfloat16 if half else dtype)))
+        engine.step()
+        engine.save_checkpoint(tmp_path, client_state={"epoch": 3})
+        seen = {}
+
+        def custom(src, dst):
+            seen.update(src)
+            dst.load_state_dict({**src, "never.weight": dst.never.weight.detach() * 0 + rank})
+
+        path, client = other.load_checkpoint(tmp_path, custom_load_fn=custom)
+        assert (path, client) == (str(tmp_path / "global_step1"), {"epoch": 3})
+        found, masters = ({n: fragments.safe_get_full_fp32_param(p) for n, p in e.module.named_parameters()}
+                          for e in (other, engine))  # fmt: skip
+        assert close(seen, masters, most=0) and not found.pop("never.weight").any()
+        assert all(torch.equal(x, masters[name]) for name, x in found.items()) and other.global_steps == 1
+        grown = Net(seed=2)
+        grown.never = nn.Linear(2, 5)
+        bigger = start(stage, model=grown.to(dtype), **more)
+        with pytest.raises(UserError, match="never.* has the shape"):
+            bigger.load_checkpoint(tmp_path, custom_load_fn=custom)
+
+        def grow(src, dst):
+            with torch.no_grad():
+                dst.never.weight[:3] = src["never.weight"]
+
+        bigger.load_checkpoint(tmp_path, load_module_only=True, custom_load_fn=grow)
+        p = bigger.module.never.weight
+        first = fragments.safe_get_full_fp32_param(p)[:3]
+        return torch.equal(first, masters["never.weight"].to(torch.bfloat16 if half else dtype).to(first.dtype))
+
+    assert on_ranks(2, load) == [True] * 2
+
+
+def test_a_function_of_the_callers_needs_a_whole_module(tmp_path):
+    def load(rank):
+        model = minispeed.PipelineModule([nn.Linear(4, 4).double() for _ in range(2)], num_stages=2, loss_fn=torch.sum)
+        engine = start(1, model=model)
+        engine.save_checkpoint(tmp_path)
+        with pytest.raises(UserError, match="custom_load_fn: each of the 2 ranks of a copy holds a part"):
+            engine.load_checkpoint(tmp_path, custom_load_fn=lambda src, dst: None)
+
+    on_ranks(2, load)
+
+
+def test_an_engine_without_an_optimizer_loads(tmp_path):
+    engine = start(2, model=Normed().double())
     step(engine, 0, 1, 0)
+    engine.module.norm.running_mean += 0.5
+    engine.save_checkpoint(tmp_path, client_state={"epoch": 3})
+    plain, *_ = minispeed.initialize(model=Normed().double(), config={"train_batch_size": 2})
+    assert plain.load_checkpoint(tmp_path) == (str(tmp_path / "global_step1"), {"epoch": 3})
+    assert close(whole(plain), whole(engine), most=0) and plain.global_steps == 1
+    assert torch.equal(plain.module.norm.running_mean, engine.module.norm.running_mean)
+    other, *_ = minispeed.initialize(model=Net().double(), config={"train_batch_size": 2})
+    with pytest.raises(UserError, match="holds buffers/norm.num_batches_tracked, which the module has not"):
+        other.load_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path, load_module_strict=False)
+    assert all(torch.equal(x, whole(engine)[name]) for name, x in whole(other).items())
+    other.load_checkpoint(tmp_path, custom_load_fn=lambda src, dst: dst.scale.copy_(src["scale"] * 0))
+    assert other.module.scale == 0
+
+
+def test_a_checkpoint_of_before_loads_and_one_of_sft_is_named(tmp_path, monkeypatch):
+    """Before, a checkpoint did not say its tied and its frozen parameters."""
+
+    def before(directory, pieces, state, *more):
+        kept = [piece for piece in pieces if piece.name != "parameters/empty"]
+        save(directory, kept, {key: x for key, x in state.items() if key not in ("tied", "frozen")}, *more)
+
+    save = saving.save
+    engine, other = (start(1, model=Tied(seed).double()) for seed in (0, 1))
+    monkeypatch.setattr(saving, "save", before)
     engine.save_checkpoint(tmp_path)
-    other.load_checkpoint(tmp_path, load_module_only=True)
-    assert close(whole(other), whole(engine), most=0) and other.global_steps == 0 and not other.optimizer.state
+    other.load_checkpoint(tmp_path)
+    assert all(torch.equal(x, whole(engine)[name]) for name, x in whole(other).items())
+    monkeypatch.setattr(saving, "save", lambda directory, pieces, state, *more: save(directory, pieces, {}, *more))
+    engine.save_checkpoint(tmp_path, "step-00000007")
+    with pytest.raises(UserError, match="step-00000007 was written by no save_checkpoint"):
+        other.load_checkpoint(tmp_path)
+
+
+class Tied(Net):
+    """With a weight of two names, and a parameter of nothing."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        self.never.weight, self.other = nn.Parameter(torch.ones(4, 8)), nn.Linear(8, 4, bias=False)
+        self.other.weight = self.layers[2].weight
+        self.empty = nn.Parameter(torch.empty(0, 3))
+
+
+def test_what_is_damaged_is_named_with_what_is_whole(tmp_path):
+    engine = start(1)
+    for tag in ("a1", "a2", "a3"):
+        engine.save_checkpoint(tmp_path, tag)
+    (tmp_path / "a3" / "rank-00000.json").write_text("[]")
+    with pytest.raises(UserError, match=rf"{tmp_path}/a3/rank-00000.json.*try: {tmp_path}/a2"):
+        engine.load_checkpoint(tmp_path)
 
 
 def test_frozen_parameters_may_be_left_out(tmp_path):
@@ -229,7 +373,7 @@ def test_frozen_parameters_may_be_left_out(tmp_path):
     step(engine, 0, 1, 0)
     engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
     kept = whole(other)["layers.0.weight"]
-    with pytest.raises(UserError, match="holds no parameters/layers.0"):
+    with pytest.raises(UserError, match="holds no parameters/layers.0.*load_module_strict=False"):
         other.load_checkpoint(tmp_path)
     other.load_checkpoint(tmp_path, load_module_strict=False)
     assert torch.equal(whole(other)["layers.0.weight"], kept)
@@ -255,13 +399,36 @@ def test_a_client_state_that_cannot_be_stored_is_named(tmp_path):
     assert (client["a"] == np.arange(3)).all() and client["b"] == 2.5
 
 
-def test_ranks_with_different_tags(tmp_path):
+@pytest.mark.parametrize("how", ["Ignore", "Warn", "Fail"])
+def test_ranks_with_different_tags(tmp_path, capsys, how):
+    """A checkpoint is one: the first rank's tag counts, unless that is to fail."""
+
     def save(rank):
-        engine = start(1, checkpoint={"tag_validation": "Fail"})
-        with pytest.raises(UserError, match="checkpoint's tag is a0 on rank 0, a1 on rank 1"):
+        engine = start(1, checkpoint={"tag_validation": how})
+        if how == "Fail":
+            with pytest.raises(UserError, match="checkpoint's tag is a0 on rank 0, a1 on rank 1"):
+                engine.save_checkpoint(tmp_path, f"a{rank}")
+        else:
             engine.save_checkpoint(tmp_path, f"a{rank}")
+            step(engine, rank, 2, 0)
+            assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "a0") and engine.global_steps == 0
+        engine.save_checkpoint(tmp_path, "same")
 
     on_ranks(2, save)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(["a0"] if how != "Fail" else []), "latest", "same"]
+    assert ("warning: the checkpoint's tag is a0 on rank 0, a1 on rank 1" in capsys.readouterr().out) == (how == "Warn")
+
+
+@pytest.mark.parametrize("tag", ["", ".", "..", "../there", "/there", "latest", "a/../../b"])
+def test_no_tag_leads_out_of_the_folder(tmp_path, tag):
+    (tmp_path / "there").mkdir()
+    engine = start(1)
+    engine.save_checkpoint(tmp_path / "here", "mine")
+    with pytest.raises(UserError, match="is no name for a checkpoint inside"):
+        engine.save_checkpoint(tmp_path / "here", tag)
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"latest", "mine"}
+    with pytest.raises(UserError, match="save_dir is empty"):
+        engine.save_checkpoint("", "mine")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])

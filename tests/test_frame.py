@@ -143,7 +143,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(capsys, words, said):
 def test_help_lists_every_command_and_the_version_is_one(capsys):
     assert main([]) == main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {name:9} {command.line}\n" in shown for name, command in COMMANDS.items())
+    assert all(f"\n  {name:10} {command.line}\n" in shown for name, command in COMMANDS.items())
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"minispeed {minispeed.__version__}\n"
     assert f'version = "{minispeed.__version__}"\n' in (ROOT / "pyproject.toml").read_text()

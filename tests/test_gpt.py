@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from minispeed.errors import UserError
 from minispeed.model.config import GPTConfig
-from minispeed.model.gpt import GPT
+from minispeed.model.gpt import GPT, rotary_frequencies
 from minispeed.model.init import draw
 from minispeed.model.loss import IGNORED, token_losses
 from minispeed.model.presets import PRESETS, preset
@@ -141,6 +141,9 @@ def test_published_shapes_have_the_published_number_of_parameters():
         ({"norm": "batchnorm"}, "norm is 'batchnorm', not one of rmsnorm, layernorm"),
         ({"num_layers": 0}, "num_layers counts at least 1, got 0"),
         ({"attention": "flash"}, "no attention is called 'flash'"),
+        ({"rope_factor": 2.0}, "rope_factor 2.0 with rope_scaling 'none'"),
+        ({"rope_scaling": "linear", "rope_factor": 0.5}, "rope_factor 0.5"),
+        ({"rope_low": 4.0}, "rope_low is 4.0, and rope_high 4.0"),
     ],
 )
 def test_a_wrong_shape_is_a_sentence(change, message):
@@ -151,6 +154,30 @@ def test_a_wrong_shape_is_a_sentence(change, message):
 def test_a_row_beyond_the_positions_is_a_sentence():
     with pytest.raises(UserError, match="a row of 9 tokens is longer than the model's max_positions 8"):
         GPT(preset("nano", max_positions=8)).logits(torch.zeros(1, 9, dtype=torch.long))
+
+
+@given(st.floats(1, 50), st.sampled_from([100.0, 10000.0]), st.floats(0.5, 2), st.floats(2.5, 9), st.integers(8, 9000))
+def test_scaled_angles_interpolate_positions_or_slow_pairs_alone(factor, theta, low, high, original):
+    def turned(**scaling):
+        return rotary_frequencies(preset("nano", head_dim=16, rope_theta=theta, **scaling))
+
+    plain, linear = turned(), turned(rope_scaling="linear", rope_factor=factor)
+    assert torch.equal(linear, plain / factor)
+    between = dict(rope_low=low, rope_high=high, rope_original=original)
+    scaled = turned(rope_scaling="llama3", rope_factor=factor, **between)
+    turns = plain * original / (2 * torch.pi)
+    assert torch.equal(scaled[turns >= high], plain[turns >= high])
+    assert torch.equal(scaled[turns <= low], linear[turns <= low])
+    assert (linear - 1e-12 <= scaled).all() and (scaled <= plain + 1e-12).all() and (scaled.diff() < 0).all()
+
+
+def test_one_word_for_biases_is_still_read():
+    """Before attention's output and the MLP had biases of their own, a configuration said `bias` of both."""
+    config = PRESETS["gpt2"].to_dict()
+    assert config.pop("out_bias") and config.pop("mlp_bias") and "bias" not in config
+    assert GPTConfig.from_dict(config | {"bias": True}) == PRESETS["gpt2"]
+    neither = GPTConfig.from_dict(config | {"bias": False})
+    assert not (neither.out_bias or neither.mlp_bias) and replace(PRESETS["gpt2"], num_layers=3).out_bias
 
 
 def test_config_survives_json_and_names_a_wrong_key():

@@ -26,7 +26,7 @@ GOOD = json.dumps(SAME["question/answer"])
 
 def write(path, text, *, compressed=False):
     content = text if isinstance(text, bytes) else text.encode()
-    path.write_bytes(gzip.compress(content) if compressed else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if compressed else content)
     return path
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minispeed.__main__ import main
-from minispeed.chat import run as run_module
+from minispeed.chat import chat_model
 from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.evaluate import bytes_of_tokens, evaluate_with, measure_loss
 from minispeed.chat.pack import Packing
@@ -131,8 +131,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(straight, chats, tmp_path, monke
     assert same(straight, tmp_path / "run")
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     folder = tmp_path / "run" / "checkpoints"
-    named = {(folder / pointer).read_text().strip() for pointer in ("last", "best")}
-    assert {path.name for path in folder.glob("step-*")} == named
+    assert {(folder / pointer).read_text().strip() for pointer in ("last", "best")} == {"step-00000006"}
+    assert {path.name for path in folder.glob("step-*")} == {"step-00000006"}
 
 
 def test_the_same_command_with_resume_keeps_what_the_run_had_chosen(chats, tmp_path, monkeypatch, capsys):
@@ -196,10 +196,11 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_checkpoint_before(chats, tmp_p
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_module, "save_file", full)
-    assert sft(tmp_path / "run", chats) == 2
+    monkeypatch.setattr(chat_model, "save_file", full)
+    assert sft(tmp_path / "run", chats) == 1
     said = capsys.readouterr().err
     assert "No space left on device" in said and "model.safetensors" in said and "Traceback" not in said
+    assert "not all of the run is saved; the last good checkpoint is" in said
     assert RunDirectory(tmp_path / "run").load_checkpoint().state["step"] == 6
     assert not list((tmp_path / "run").glob(".*"))
 

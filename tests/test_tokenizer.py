@@ -164,3 +164,13 @@ def test_a_missing_file_and_a_small_vocabulary_are_named(tmp_path):
         ChatTokenizer.load(tmp_path)
     with pytest.raises(UserError, match="vocabulary of 100 has no room .*; try: 262 or more"):
         ChatTokenizer.train(TEXTS, 100)
+
+
+def test_tokens_that_are_added_on_loading_are_counted_and_come_last(tmp_path):
+    plain = ChatTokenizer.train(["the cat"], 300, ("<|end|>",))
+    plain.save(tmp_path / "tokenizer.json")
+    loaded = ChatTokenizer.load(tmp_path, SPECIALS)
+    new = set(SPECIALS) - {"<|end|>"}
+    assert (plain.lacked, loaded.lacked, loaded.size) == (0, len(new), plain.size + len(new))
+    assert {loaded.added[token] for token in new} == set(range(plain.size, loaded.size))
+    assert loaded.every == set(SPECIALS) == set(loaded.special)

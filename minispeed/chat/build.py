@@ -6,15 +6,21 @@ refused, before the first step.
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 
+from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.commands import SftOptions
+from minispeed.chat.documents import Documents
+from minispeed.chat.opening import lora_of
 from minispeed.chat.pack import Packing
 from minispeed.chat.prepared import Prepared
+from minispeed.chat.read import stem
 from minispeed.collective.group import Group
 from minispeed.engine import Engine
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
+from minispeed.model.lora import lora_groups
 from minispeed.model.recompute import recompute
 from minispeed.parts import Layout
 from minispeed.precision import Precision, choose_precision
@@ -57,8 +63,8 @@ def build_layout(options: SftOptions) -> Layout:
     )
 
 
-def build_rows(options: SftOptions, prepared: Prepared, group: Group) -> tuple[Packing, Packing | None]:
-    """Return the rows to train on and the rows held out, None where nothing is.
+def build_rows(options: SftOptions, prepared: Prepared, group: Group) -> tuple[Packing, dict[str, Packing]]:
+    """Return the rows to train on and the rows held out, by file; of none where nothing is.
 
     Raises  UserError if the ranks cannot share a batch evenly, or there is nothing to learn
     """
@@ -77,8 +83,35 @@ def build_rows(options: SftOptions, prepared: Prepared, group: Group) -> tuple[P
         raise UserError("no token of the training data is learnt: it holds no answer", fix="--train-on all")
     weights = options.weights or None
     train = Packing(prepared.train, seq=chosen.seq, batch=chosen.batch, seed=options.seed, weights=weights)
-    held_out = Packing(prepared.eval, seq=chosen.seq, batch=chosen.batch) if len(prepared.eval) else None
-    return train, held_out
+    files = held_out_files(options, prepared)
+    return train, {name: Packing(of, seq=chosen.seq, batch=chosen.batch) for name, of in files.items()}
+
+
+def held_out_files(options: SftOptions, prepared: Prepared) -> dict[str, Documents]:
+    """Return the documents of each file of --eval-data, by the file's name, or what was held out of --data."""
+    if not options.eval_data:
+        return {"held out": prepared.eval} if len(prepared.eval) else {}
+    names = [stem(path) for path in options.eval_data]
+    unique = [
+        f"{name} {names[:index].count(name) + 1}" if name in names[:index] else name for index, name in enumerate(names)
+    ]
+    return {name: of_source(prepared.eval, source) for source, name in enumerate(unique)}
+
+
+def of_source(documents: Documents, source: int) -> Documents:
+    """Return the documents of one file, which lie together; their arrays are views."""
+    low, high = np.searchsorted(documents.source, [source, source + 1]).tolist()
+    (start, stop), (first, last) = documents.offsets[[low, high]].tolist(), documents.cut_offsets[[low, high]].tolist()
+    return replace(
+        documents,
+        tokens=documents.tokens[start:stop],
+        learnt=documents.learnt[start:stop],
+        offsets=documents.offsets[low : high + 1] - start,
+        cuts=documents.cuts[first:last],
+        cut_offsets=documents.cut_offsets[low : high + 1] - first,
+        task=documents.task[low:high],
+        source=documents.source[low:high],
+    )
 
 
 def check_pipeline(layout: Layout, rows: int, micro_batch: int) -> None:
@@ -98,12 +131,12 @@ def build_schedule(options: SftOptions, total: int) -> Schedule:
     return warmup_then(options.lr_schedule if total else "constant", warmup=warmup, total=total or warmup + 1)
 
 
-def build_engine(options: SftOptions, model: GPT, group: Group, schedule: Schedule) -> Engine:
+def build_engine(options: SftOptions, chat: ChatModel, group: Group, schedule: Schedule) -> Engine:
     """Return the engine that trains a model; recomputation and compilation are switched on in the model itself.
 
     Raises  UserError for --compile at ZeRO stage 3 or with recomputed layers, and as `recompute` and `Engine` do
     """
-    chosen, precision = Chosen.of(options), build_precision(options, group)
+    chosen, precision, model, lora = Chosen.of(options), build_precision(options, group), chat.model, lora_of(options)
     recompute(model, options.recompute)
     if options.compile and options.recompute not in ("none", "attention"):
         what = f"--compile with --recompute {options.recompute}: a compiled layer saves other things when it runs again"
@@ -128,7 +161,9 @@ def build_engine(options: SftOptions, model: GPT, group: Group, schedule: Schedu
         schedule=schedule,
         lr=chosen.lr,
         weight_decay=chosen.weight_decay,
+        param_groups=None if lora is None else lora_groups(model, lora, chosen.weight_decay, lr=chosen.lr),
         clip=options.clip,
+        source=chat.source,
     )
 
 

@@ -11,7 +11,7 @@ from minispeed.options import Options, option
 from minispeed.pipeline.schedule import SCHEDULES
 
 MODEL, LEARNING, DATA, RUNNING, WRITING = "Model", "Learning", "Data", "Running", "Writing"
-MEMORY, LAYOUT = "Memory and messages", "Ranks"
+MEMORY, LAYOUT, LORA = "Memory and messages", "Ranks", "LoRA"
 SIMULATING = "Simulating a pipeline"
 
 
@@ -22,19 +22,33 @@ class SftOptions(Options):
     minispeed sft --model tiny --data chats.jsonl --out runs/first --minutes 5
     """
 
-    model: str = option(help="a preset (nano, tiny, small, medium, gpt2, ...) or the directory of a run", group=MODEL)
+    model: str = option(
+        help="a preset (nano, tiny, small, medium, gpt2, ...), the directory of a run, or a HuggingFace model: its "
+        "directory, or its name on the hub",
+        group=MODEL,
+    )
     data: list[Path] = option(
         help="files of conversations to learn from: JSONL or JSON, plain or .gz", group=DATA, metavar="FILE..."
     )
     out: Path = option(help="directory that the run writes to", group=RUNNING, metavar="RUN")
     eval_data: list[Path] = option(
-        [], help="files to score on; without any, 5 % of --data is held out", group=DATA, metavar="FILE..."
+        [],
+        help="files to score on, each on its own; the first decides which checkpoint is the best; without any, 5 % of "
+        "--data is held out",
+        group=DATA,
+        metavar="FILE...",
     )
     weights: list[float] = option([], help="one per --data file: how often each is drawn", group=DATA, low=0)
     tokenizer: Path | None = option(None, help="a tokenizer.json; without one, it is learnt from --data", group=DATA)
     vocab_size: int = option(4096, help="size of a tokenizer that is learnt", group=DATA, unit="tokens", low=262)
     train_on: str = option("assistant", help="which turns are learnt", choices=("assistant", "all"), group=DATA)
     seq: int | None = option(None, by_case=True, help="length of a row", unit="tokens", low=2, group=DATA)
+    template: str = option(
+        "auto",
+        help="how a conversation is written: auto, as the checkpoint's chat template says, or ours; ours; or a file",
+        group=DATA,
+        metavar="auto|ours|FILE",
+    )
     skip_bad: bool = option(False, help="count malformed lines instead of stopping at them", group=DATA)
     cache: Path | None = option(None, help="where tokenised data is kept for the next run", group=DATA, metavar="DIR")
     steps: int | None = option(None, help="updates to make", low=1, group=LEARNING)
@@ -67,6 +81,18 @@ class SftOptions(Options):
     dropout: float | None = option(
         None, by_case=True, help="share of the features that are dropped in training", low=0, high=0.99, group=MODEL
     )
+    lora_rank: int = option(
+        0, help="train adapters of this rank beside the frozen model; 0: all of it", low=0, group=LORA
+    )
+    lora_alpha: float | None = option(None, help="they count alpha / rank times; twice the rank if absent", group=LORA)
+    lora_dropout: float = option(0.0, help="share of their inputs that is dropped", low=0, high=0.99, group=LORA)
+    lora_targets: list[str] = option(
+        [],
+        help="which Linears have one: ends of names, * for any; every layer's if absent",
+        group=LORA,
+        metavar="NAME...",
+    )
+    lora_lr: float | None = option(None, help="their learning rate; --lr if absent", low=0, group=LORA)
     dtype: str = option(
         "auto",
         help="of parameters and products; auto measures",
@@ -109,7 +135,26 @@ class SftOptions(Options):
     threads: int = option(0, help="threads of each rank; 0 shares the cores out", low=0, group=RUNNING)
     seed: int = option(0, help="the same seed gives the same weights, bit for bit", low=0, group=RUNNING)
     eval_every: int | None = option(None, by_case=True, help="steps between evaluations", low=1, group=WRITING)
-    save_every: int | None = option(None, by_case=True, help="steps between checkpoints", low=1, group=WRITING)
+    save_every: int | None = option(
+        None,
+        by_case=True,
+        help="steps between checkpoints; there is one before each evaluation too",
+        low=1,
+        group=WRITING,
+    )
+    keep_last: int = option(1, help="how many of the newest checkpoints stay, beside the best", low=1, group=WRITING)
+    keep_every: int = option(
+        0, help="checkpoints of steps that this divides stay too", unit="steps", low=0, group=WRITING
+    )
+    save_async: bool = option(
+        False, help="write checkpoints while the training goes on; takes memory for a copy", group=WRITING
+    )
+    prompts: Path | None = option(
+        None,
+        help="a prompt a line, or JSON conversations: answered before, at each evaluation and after; RUN/samples.md",
+        metavar="FILE",
+        group=WRITING,
+    )
     samples: int = option(0, help="held-out prompts per task answered while it learns", low=0, group=WRITING)
     max_new: int = option(256, help="longest answer when it is scored", unit="tokens", low=1, group=WRITING)
     score: int = option(50, help="held-out prompts per task answered at the end", low=0, group=WRITING)
@@ -120,7 +165,17 @@ class SftOptions(Options):
         group=WRITING,
     )
     trace_steps: int = option(1, help="how many steps, from the second on", low=1, group=WRITING)
-    resume: bool = option(False, help="go on from the last checkpoint in --out", group=RUNNING)
+    max_skipped: int = option(
+        5,
+        help="skipped steps in a row that stop the run: gradients that are not finite",
+        unit="steps",
+        low=1,
+        group=RUNNING,
+    )
+    preflight: bool = option(
+        True, help="before step 1, do once all that the run will do: step, evaluate, answer, save", group=RUNNING
+    )
+    resume: bool = option(False, help="go on from the last checkpoint in --out that is whole", group=RUNNING)
     dry_run: bool = option(False, help="prepare, check and print everything, then stop before step 1", group=RUNNING)
 
 
@@ -250,6 +305,34 @@ class ExplainOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Write a run as a directory that transformers loads: model, tokenizer, chat template, and where to stop.
+
+    minispeed export runs/first --out first-for-transformers
+    """
+
+    run: Path = option(positional=True, help="the run's directory")
+    out: Path = option(help="directory to write to; it must not hold anything", metavar="DIR")
+    dtype: str | None = option(None, help="of the weights; as the run wrote them", choices=("bf16", "fp16", "fp32"))
+    checkpoint: str | None = option(
+        None, help="masters of this checkpoint, in place of the finished model", choices=("last", "best")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(Options):
+    """List what checkpoints hold, and compare every byte with its checksum. Nothing is changed.
+
+    minispeed checkpoint runs/first
+    """
+
+    directory: Path = option(
+        positional=True, help="a run, its checkpoints/, one checkpoint, or a DeepSpeed-style folder"
+    )
+    tensors: bool = option(False, help="a line for each tensor: name, shape, dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TimelineOptions(Options):
     """Draw what each rank did when: of the trace files of runs, one above the other, or of a simulated pipeline.
 
@@ -358,6 +441,18 @@ def explain(options: ExplainOptions) -> int:
     from minispeed.chat.explain import explain
 
     return explain(options)
+
+
+def export(options: ExportOptions) -> int:
+    from minispeed.chat.export import export
+
+    return export(options)
+
+
+def checkpoint(options: CheckpointOptions) -> int:
+    from minispeed.chat.checkpoints import checkpoint
+
+    return checkpoint(options)
 
 
 def timeline(options: TimelineOptions) -> int:

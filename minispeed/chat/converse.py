@@ -25,6 +25,8 @@ def converse(options: ChatOptions) -> int:
     """Do `minispeed chat`. Returns the exit code."""
     use_threads(options.threads)
     chat = ChatModel.load(options.run, device=best_device())
+    for note in chat.notes:
+        print(note, file=sys.stderr)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     generator = torch.Generator().manual_seed(options.seed)
     turns = [Turn(SYSTEM, options.system)] if options.system else []

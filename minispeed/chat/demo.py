@@ -20,11 +20,12 @@ from minispeed.chat.commands import ChatOptions, DemoOptions, SftOptions
 from minispeed.chat.conversation import USER, Turn
 from minispeed.chat.converse import converse, reply
 from minispeed.chat.evaluate import answer_all
+from minispeed.chat.opening import cache_folder
 from minispeed.chat.pack import Packing
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.proof import ROWS, STEPS, Proof, prove, rows_of, small
 from minispeed.chat.score import Answered, nearest_answers, summarise_tasks
-from minispeed.chat.sft import cache_folder, sft
+from minispeed.chat.sft import sft
 from minispeed.chat.skills import (
     GROUPS,
     LIVE_PROMPTS,

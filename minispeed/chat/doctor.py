@@ -25,12 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minispeed import __version__
 from minispeed.chat.commands import DoctorOptions
 from minispeed.collective.launch import Backend, launch, under_torchrun
 from minispeed.collective.world import World
 from minispeed.errors import UserError
 from minispeed.precision import DTYPES
+from minispeed.version import __version__
 
 BYTES = 16_000_000  # of the buffer that an all-reduce sums
 WARM_UP, REPEATS = 2, 5

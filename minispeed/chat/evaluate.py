@@ -7,6 +7,7 @@ serves them, from the same prompt that training saw.
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,6 +219,8 @@ def evaluate_run(options: EvalOptions) -> int:
     """Do `minispeed eval`: print a table, or JSON, of a run's loss and answers."""
     use_threads(options.threads)
     chat = ChatModel.load(options.run, device=best_device())
+    for note in chat.notes:
+        print(note, file=sys.stderr)
     if options.pattern is not None:
         found_by(options.pattern, [])  # a wrong one is said before anything is answered
     conversations = list(_conversations(options))

@@ -3,22 +3,30 @@
 Only one rank has a voice: the others call the same functions, and nothing comes of it.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from minispeed import checkpoint
 from minispeed.chat.commands import SftOptions
 from minispeed.chat.evaluate import Loss
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.run import RunDirectory
 from minispeed.chat.score import Answered
 from minispeed.engine import Report
+from minispeed.errors import UserError
+from minispeed.figures import draw_run
 from minispeed.options import to_json
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, PROMPTS = "metrics.jsonl", "samples.jsonl", "prompts.jsonl"
 
 
 class Journal:
@@ -27,21 +35,62 @@ class Journal:
     def __init__(self, run: RunDirectory, *, is_heard: bool) -> None:
         self.run, self.is_heard = run, is_heard
         self.bar = tqdm(disable=True)
+        self.waiting: list[tuple[str, dict[str, Any]]] = []  # lines that the disk had no room for
 
     def say(self, text: str) -> None:
         """Print, without breaking the progress bar."""
         if self.is_heard:
             self.bar.write(text) if not self.bar.disable else print(text, flush=True)
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add a line to a .jsonl file of the run."""
+    def warn(self, text: str) -> None:
+        """Print what somebody should look at, where errors are printed."""
         if self.is_heard:
-            self.run.append(name, record)
+            self.bar.write(text, file=sys.stderr) if not self.bar.disable else print(text, file=sys.stderr, flush=True)
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Add a line to a .jsonl file of the run; while the disk is full, lines wait for the next one that fits."""
+        if not self.is_heard:
+            return
+        was_waiting = bool(self.waiting)
+        self.waiting.append((name, record))
+        while self.waiting:
+            path = self.run.path / self.waiting[0][0]
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                self.run.append(*self.waiting[0])
+            except OSError as error:
+                if path.exists():
+                    os.truncate(path, size)  # no half a line
+                if not was_waiting:
+                    self.warn(f"could not write {path}: {error.strerror}; its lines wait until there is room")
+                return
+            del self.waiting[0]
+
+    def write_page(self, name: str, make: Callable[[], str]) -> None:
+        """Write a file of the run anew; on a full disk the page before stays."""
+        if self.is_heard:
+            try:
+                checkpoint.write_whole(self.run.path / name, lambda path: path.write_text(make(), encoding="utf-8"))
+            except UserError as error:
+                self.warn(error.what)
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines that a run resumed at `step` writes again."""
-        for name in (METRICS, SAMPLES) if self.is_heard else ():
-            self.run.forget_after(name, step)
+        """Drop the lines that a run resumed at `step` writes again, and lines cut short.
+
+        What is due after an update comes after the checkpoint, so all but the line of the update itself is written
+        again; -1 drops everything.
+        """
+        for name in (METRICS, SAMPLES, PROMPTS) if self.is_heard else ():
+            path = self.run.path / name
+            if path.exists():
+                stays = [r for r in records(path) if r["step"] < step or (r["step"] == step and "norm" in r)]
+                text = "".join(json.dumps(record) + "\n" for record in stays)
+                checkpoint.write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+    def first_losses(self) -> dict[str, float]:
+        """Return the losses of the untrained model, nats per token, by held-out file; empty if none were measured."""
+        lines = records(self.run.path / METRICS)
+        return next((dict(line["eval_files"]) for line in lines if line["step"] == 0), {})
 
     def write_options(self, options: SftOptions, prepared: Prepared) -> None:
         """Write the effective options, with which the run can be repeated."""
@@ -65,6 +114,17 @@ class Journal:
         self.bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update()
 
+    def close(self, step: int, seconds: float) -> None:
+        """Draw what was written down, and say how long it took and where it is; `seconds` of training."""
+        if not self.is_heard:
+            return
+        metrics, samples = self.run.records(METRICS), self.run.records(SAMPLES)
+        for path in draw_run(self.run.path, metrics, samples):
+            self.say(f"drawn: {path}")
+        rate = statistics.median(record["tokens_per_second"] for record in metrics if "norm" in record)
+        self.say(f"{step} steps, {seconds:.0f} s, {rate:,.0f} tokens/s; the model is {self.run.path}")
+        self.say(f"talk to it: minispeed chat {self.run.path}")
+
 
 def transcript(answered: Sequence[Answered]) -> str:
     """Lay out the first answer of each task: a tick or a cross, the task, the prompt, the answer."""
@@ -78,17 +138,45 @@ def transcript(answered: Sequence[Answered]) -> str:
     )
 
 
-def comparison(trained: Loss, untrained: Loss | None, frequencies: float) -> str:
+def comparison(trained: Loss, untrained: float | None, frequencies: float) -> str:
     """Put the held-out perplexity beside the untrained model's and beside that of token frequencies alone.
 
+    untrained    nats per token, None where that was not measured
     frequencies  nats per token of a model that knows nothing else
     """
-    before = "not measured" if untrained is None else f"{untrained.perplexity:,.1f}"
+    before = "not measured" if untrained is None else f"{math.exp(untrained):,.1f}"
     return (
         f"held-out perplexity {trained.perplexity:.2f} over {trained.tokens:,} tokens "
         f"(untrained {before}, token frequencies alone {math.exp(frequencies):,.1f}), "
         f"{trained.bits_per_byte:.3f} bits per byte"
     )
+
+
+def before_and_after(losses: Mapping[str, Loss], untrained: Mapping[str, float]) -> str:
+    """Lay out the loss of each held-out file, nats per token, before and after training: one that rose was forgotten.
+
+    untrained  may lack files, or be empty: then there is a dash
+    """
+    width = max(13, *map(len, losses))
+    lines = [f"{'held-out file':{width}}  {'tokens':>9}  before  after  change"]
+    for name, loss in losses.items():
+        before, after = untrained.get(name), loss.per_token
+        beside = (
+            f"{'-':>6}  {after:5.3f}  {'-':>6}"
+            if before is None
+            else f"{before:6.3f}  {after:5.3f}  {after - before:+6.3f}"
+        )
+        lines.append(f"{name:{width}}  {loss.tokens:9,}  {beside}")
+    return "\n".join(lines)
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a .jsonl file, without those cut short; nothing where there is no file."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
 
 
 def _one_line(text: str, most: int) -> str:

@@ -9,26 +9,26 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from minispeed import __version__
 from minispeed.chat.conversation import Conversation
 from minispeed.chat.documents import Documents, cut_to_fit
 from minispeed.chat.pack import Packing
 from minispeed.chat.prepared import LAYOUT, PARTS, Prepared, report_of, whole_folder, write_beside_documents
 from minispeed.chat.read import SHOWN, Reading, read
 from minispeed.chat.show import Entry, Notices, content_digest
-from minispeed.chat.template import Encoded, Template
+from minispeed.chat.template import ChatTemplate, Encoded, Template
 from minispeed.chat.tokenizer import ChatTokenizer
 from minispeed.errors import UserError
+from minispeed.version import __version__
 
 HELD_OUT = 0.05  # share of the distinct conversations
 CHUNK = 1000  # conversations encoded at a time
+SEVERAL = "conversations in a row for each answer: the template writes an answer otherwise once more turns follow"
 
 
 def prepare(
@@ -43,7 +43,7 @@ def prepare(
     skip_bad: bool = False,
     workers: int = 1,
     seed: int = 0,
-    template: Template = Template(),
+    template: ChatTemplate = Template(),
 ) -> Prepared:
     """Prepare data files in the folder `out`, or find them prepared there.
 
@@ -51,6 +51,7 @@ def prepare(
     tokenizer   a tokenizer.json; None trains one of `vocab_size` ids on the training part
     seq         the context that the report's figures on truncation and padding are for
     workers     1 encodes on one core, more on all cores; the result is the same
+    template    one that writes a date is kept with today's: asked for again, the folder is found with that of its day
 
     Raises  UserError where a file is missing or malformed (unless `skip_bad`), no conversation fits
             the context, or `out` holds something else
@@ -63,6 +64,7 @@ def prepare(
     found = report_of(out)
     if found is not None and found["key"] == key:
         return Prepared.open(out, reused=True)
+    template = template.dated()
     with whole_folder(out) as folder:
         files, entries = _read_parts(train, evaluation, skip_bad, seed)
         chat_tokenizer = _tokenizer_for(entries["train"], tokenizer, vocab_size, template)
@@ -82,11 +84,13 @@ def prepare(
     return Prepared.open(out)
 
 
-def encode_documents(conversations: Sequence[Conversation], tokenizer: ChatTokenizer, template: Template) -> Documents:
-    """Encode conversations in memory, each a document, their tasks in order of first appearance."""
+def encode_documents(
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, template: ChatTemplate
+) -> Documents:
+    """Encode conversations in memory, each row a document, their tasks in order of first appearance."""
     entries = [Entry(conversation, 0, "") for conversation in conversations]
     tasks = list(dict.fromkeys(conversation.task for conversation in conversations))
-    encoded = template.encode_batch(conversations, tokenizer)
+    encoded = template.encode_rows(conversations, tokenizer)
     return _documents(entries, encoded, Notices([], []), tokenizer, template, tasks)
 
 
@@ -133,7 +137,9 @@ def _hold_out(entries: list[Entry], seed: int) -> tuple[list[Entry], list[Entry]
     return parts
 
 
-def _tokenizer_for(entries: list[Entry], tokenizer: Path | None, vocab_size: int, template: Template) -> ChatTokenizer:
+def _tokenizer_for(
+    entries: list[Entry], tokenizer: Path | None, vocab_size: int, template: ChatTemplate
+) -> ChatTokenizer:
     """Load the tokenizer that is given, or train one on the conversations."""
     if tokenizer is not None:
         return ChatTokenizer.load(tokenizer, template.tokens)
@@ -145,7 +151,7 @@ def _key(
     train: Sequence[Path],
     evaluation: Sequence[Path],
     tokenizer: Path | None,
-    template: Template,
+    template: ChatTemplate,
     options: dict[str, Any],
 ) -> str:
     """Hash all that the result depends on: names and contents of the files, options, versions."""
@@ -153,7 +159,7 @@ def _key(
         tokenizer = Path(tokenizer) / "tokenizer.json"
     files = {"train": train, "eval": evaluation, "tokenizer": [Path(tokenizer)] if tokenizer else []}
     contents = {kind: [(path.name, _content(path)) for path in paths] for kind, paths in files.items()}
-    whole = json.dumps([LAYOUT, __version__, contents, asdict(template), options], sort_keys=True)
+    whole = json.dumps([LAYOUT, __version__, contents, template.content(), options], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
@@ -175,33 +181,38 @@ def _content(path: Path) -> str:
 
 
 def _encode(
-    entries: list[Entry], tokenizer: ChatTokenizer, template: Template, train_on: str, workers: int, part: str
-) -> Iterator[Encoded]:
-    """Yield the tokens of each conversation, in order."""
+    entries: list[Entry], tokenizer: ChatTokenizer, template: ChatTemplate, train_on: str, workers: int, part: str
+) -> Iterator[list[Encoded]]:
+    """Yield the rows of each conversation, in order."""
     with tqdm(total=len(entries), desc=f"encode {part}", unit=" conversations", disable=None, leave=False) as bar:
         for low in range(0, len(entries), CHUNK):
             chunk = [entry.conversation for entry in entries[low : low + CHUNK]]
-            yield from template.encode_batch(chunk, tokenizer, train_on=train_on, workers=workers)
+            yield from template.encode_rows(chunk, tokenizer, train_on=train_on, workers=workers)
             bar.update(len(chunk))
 
 
 def _documents(
     entries: list[Entry],
-    encoded: Iterable[Encoded],
+    encoded: Iterable[list[Encoded]],
     notices: Notices,
     tokenizer: ChatTokenizer,
-    template: Template,
+    template: ChatTemplate,
     tasks: list[str],
 ) -> Documents:
-    """Lay encoded conversations end to end, and notice those with nothing to learn."""
+    """Lay the rows of conversations end to end; notice those with nothing to learn, and those with several rows."""
     dtype = np.uint16 if tokenizer.size <= 2**16 else np.uint32
     tokens, learnt, cuts = [np.empty(0, dtype)], [np.empty(0, np.bool_)], [np.empty(0, np.int32)]
-    for entry, one in zip(entries, encoded, strict=True):
-        tokens.append(np.array(one.ids, dtype))
-        learnt.append(np.array(one.supervised, np.bool_))
-        cuts.append(np.array(one.cuts, np.int32))
-        if not any(one.supervised):
+    entry_of: list[Entry] = []
+    for entry, rows in zip(entries, encoded, strict=True):
+        for one in rows:
+            tokens.append(np.array(one.ids, dtype))
+            learnt.append(np.array(one.supervised, np.bool_))
+            cuts.append(np.array(one.cuts, np.int32))
+            entry_of.append(entry)
+        if not any(any(one.supervised) for one in rows):
             notices.add("conversations with nothing to learn", entry.where)
+        if len(rows) > 1:
+            notices.add(SEVERAL, entry.where)
     number = {task: index for index, task in enumerate(tasks)}
     return Documents(
         tokens=np.concatenate(tokens),
@@ -209,8 +220,8 @@ def _documents(
         offsets=np.cumsum([len(one) for one in tokens]),
         cuts=np.concatenate(cuts),
         cut_offsets=np.cumsum([len(one) for one in cuts]),
-        task=np.array([number[entry.conversation.task] for entry in entries], np.int32),
-        source=np.array([entry.source for entry in entries], np.int32),
+        task=np.array([number[entry.conversation.task] for entry in entry_of], np.int32),
+        source=np.array([entry.source for entry in entry_of], np.int32),
         tasks=tasks,
         pad=template.pad_id(tokenizer),
     )
@@ -220,7 +231,8 @@ def _figures(entries: list[Entry], documents: Documents, seq: int, *, pack: bool
     """Count a part for the report; `pack` also tries how well its rows fill."""
     bins = Counter(1 << max(4, int(length - 1).bit_length()) for length in documents.lengths)
     figures: dict[str, Any] = {
-        "conversations": len(documents),
+        "conversations": len(entries),
+        "documents": len(documents),
         "turns": sum(len(entry.conversation.turns) for entry in entries),
         "tokens": len(documents.tokens),
         "supervised": int(documents.learnt.sum()),

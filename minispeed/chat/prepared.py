@@ -20,7 +20,8 @@ from typing import Any
 
 from minispeed.chat.conversation import Conversation, Turn
 from minispeed.chat.documents import Documents
-from minispeed.chat.template import Template
+from minispeed.chat.template import ChatTemplate
+from minispeed.chat.templates import load_template
 from minispeed.chat.tokenizer import ChatTokenizer
 from minispeed.errors import UserError
 
@@ -40,7 +41,7 @@ class Prepared:
     train: Documents
     eval: Documents
     tokenizer: ChatTokenizer
-    template: Template
+    template: ChatTemplate
     report: dict[str, Any]
 
     @classmethod
@@ -51,7 +52,7 @@ class Prepared:
         if report is None or report["layout"] != LAYOUT:
             what = f"{folder} holds no data prepared by this version"
             raise UserError(what, fix=f"minispeed prepare DATA --out {folder}")
-        template = Template.load(folder / "template.json")
+        template = load_template(folder / "template.json")
         tokenizer = ChatTokenizer.load(folder / "tokenizer.json", template.tokens)
         pad = template.pad_id(tokenizer)
         try:
@@ -103,7 +104,7 @@ def write_beside_documents(
     folder: Path,
     held_out: Iterable[Conversation],
     tokenizer: ChatTokenizer,
-    template: Template,
+    template: ChatTemplate,
     report: dict[str, Any],
 ) -> None:
     """Write what `Prepared.open` reads, but for the documents of both parts: those save themselves."""

@@ -235,7 +235,9 @@ def train_step_counted(engine: Engine, rows: Sequence[MicroBatch]) -> tuple[Repo
     def count(*_: object) -> None:
         nonlocal most
         kept = [unit.gradient for unit in units] + [unit.full for unit in units if unit.stage < 2]
-        most = max(most, storage_bytes([*kept, *(master.grad for unit in units for master in unit.masters)]))
+        coming = [unit for unit in units if unit.stage < 2 and unit.full is None and unit.has_gradients]  # to a buffer
+        room = sum(unit.layout.size * unit.dtypes.collect.itemsize for unit in coming)
+        most = max(most, room + storage_bytes([*kept, *(master.grad for unit in units for master in unit.masters)]))
 
     with contextlib.ExitStack() as stack:
         stack.callback(engine.optimizer.register_step_pre_hook(count).remove)

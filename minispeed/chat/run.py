@@ -3,7 +3,7 @@
 RUN/run.json            the full effective options, the command, versions, hashes of the data
 RUN/metrics.jsonl       a line per step and per evaluation
 RUN/samples.jsonl       held-out prompts and what the model answered, as it learnt
-RUN/checkpoints/        step-NNNNNNNN/, and the files `last` and `best` that name one each
+RUN/checkpoints/        step-NNNNNNNN/, and the files `last` and `best` that name one each; see `minispeed.checkpoint`
 RUN/model.safetensors, config.json, tokenizer.json, template.json    the model: all that `chat` needs
 """
 
@@ -12,14 +12,18 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minispeed import __version__, checkpoint
+from minispeed import checkpoint
 from minispeed.collective.group import Group
 from minispeed.errors import UserError
+from minispeed.version import __version__
+
+POINTERS = ("last", "best")  # files in checkpoints/ that hold the name of one
 
 
 class RunDirectory:
@@ -27,6 +31,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._saver: checkpoint.Saver | None = None
 
     def check(self, *, resume: bool) -> None:
         """Raise UserError if a run cannot go here: another run, something else, or, to go on, no checkpoint."""
@@ -98,23 +103,58 @@ class RunDirectory:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def save_checkpoint(
-        self, pieces: Sequence[checkpoint.Piece], state: dict[str, Any], group: Group, *, best: bool
+        self,
+        pieces: Sequence[checkpoint.Piece],
+        state: dict[str, Any],
+        group: Group,
+        *,
+        best: bool,
+        last: int = 1,
+        every: int = 0,
+        wait: bool = True,
     ) -> None:
-        """Write checkpoints/step-N together, point `last` (and `best`) to it, and drop what neither points to."""
+        """Write checkpoints/step-N together, point `last` (and `best`) to it, and drop those that are not kept.
+
+        last, every  which others stay: see `minispeed.checkpoint.to_delete`; what a pointer names always does
+        wait         False: return once all is copied; the checkpoint stands, and counts, after the next `wait`
+        Raises       UserError, the same on every rank, if one could not write this checkpoint or the one before
+        """
+        self.wait()
+        directory = self.path / "checkpoints" / f"step-{state['step']:08d}"
+        then = partial(self._point_to, directory, state["step"], best=best, last=last, every=every)
+        if wait:
+            checkpoint.save(directory, pieces, state, group, then)
+        else:
+            self._saver = self._saver or checkpoint.Saver(group)
+            self._saver.save(directory, pieces, state, then)
+
+    def wait(self) -> None:
+        """Return once the checkpoint that is still being written stands; every rank calls this.
+
+        Raises  UserError, the same on every rank, if one could not write
+        """
+        if self._saver is not None:
+            self._saver.wait()
+
+    def _point_to(self, directory: Path, step: int, *, best: bool, last: int, every: int) -> None:
+        """Point `last` (and `best`) to a checkpoint that stands, then delete those that are not kept."""
+        for pointer in POINTERS if best else POINTERS[:1]:
+            checkpoint.write_whole(directory.parent / pointer, lambda path: path.write_text(directory.name + "\n"))
+        self.drop_others(step, last=last, every=every)
+
+    def drop_others(self, step: int, *, last: int, every: int) -> None:
+        """Delete the checkpoints that a run at this step does not keep."""
         folder = self.path / "checkpoints"
-        name = f"step-{state['step']:08d}"
-        checkpoint.save(folder / name, pieces, state, group)
-        if group.rank:
-            return
-        for pointer in ("last", "best") if best else ("last",):
-            checkpoint.write_whole(folder / pointer, lambda path: path.write_text(name + "\n"))
-        kept = {(folder / pointer).read_text().strip() for pointer in ("last", "best") if (folder / pointer).exists()}
-        for old in folder.glob("step-*"):
-            if old.name not in kept:
-                checkpoint.remove(old)
+        names = {(folder / pointer).read_text().strip() for pointer in POINTERS if (folder / pointer).exists()}
+        there = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdigit()}
+        named = {other for other, path in there.items() if path.name in names}
+        past = {other for other in there if other <= step}  # later ones are of a run that was taken back to before
+        gone = there.keys() - past - named | set(checkpoint.to_delete(past, last=last, every=every, named=named))
+        for other in sorted(gone):
+            checkpoint.discard(there[other])
 
     def load_checkpoint(self, pointer: str = "last") -> checkpoint.Checkpoint:
-        """Open the checkpoint that `last` or `best` names."""
+        """Open the checkpoint that `last` or `best` names.  Raises UserError if it is damaged, with one that is not"""
         folder = self.path / "checkpoints"
         return checkpoint.Checkpoint(folder / (folder / pointer).read_text().strip())
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from minispeed.chat.conversation import ASSISTANT, TEXT, Conversation, Turn
-from minispeed.chat.template import Template
+from minispeed.chat.template import ChatTemplate, Encoded
 from minispeed.chat.tokenizer import ChatTokenizer
 
 CONTEXT, LEARNT, SPECIAL, SPECIAL_LEARNT = "context", "learnt", "special", "special, learnt"
@@ -26,7 +26,7 @@ LEFTOVERS = re.compile(
 
 
 def show(
-    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, template: Template, *, colour: bool,
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, template: ChatTemplate, *, colour: bool,
     train_on: str = "assistant",
 ) -> str:  # fmt: skip
     """Return conversations as the model sees them, each under its task and its numbers of tokens.
@@ -41,11 +41,17 @@ def show(
 def _one(
     conversation: Conversation,
     tokenizer: ChatTokenizer,
-    template: Template,
+    template: ChatTemplate,
     style: Mapping[str, str],
     train_on: str,
 ) -> str:
-    ids, supervised, _ = template.encode(conversation, tokenizer, train_on=train_on)
+    """Show a conversation: in one row, or in as many as its template makes of it."""
+    (rows,) = template.encode_rows([conversation], tokenizer, train_on=train_on)
+    return "".join(_row(conversation.task, row, tokenizer, template, style) for row in rows)
+
+
+def _row(task: str, row: Encoded, tokenizer: ChatTokenizer, template: ChatTemplate, style: Mapping[str, str]) -> str:
+    ids, supervised, _ = row
     end, specials = template.stop_id(tokenizer), set(tokenizer.special.values())
     kinds = {
         (False, False): CONTEXT,
@@ -53,7 +59,7 @@ def _one(
         (True, False): SPECIAL,
         (True, True): SPECIAL_LEARNT,
     }
-    out = [f"\n--- {conversation.task or 'conversation'}: {len(ids)} tokens, {sum(supervised)} learnt\n"]
+    out = [f"\n--- {task or 'conversation'}: {len(ids)} tokens, {sum(supervised)} learnt\n"]
     # by `token == end` too: the line breaks between a stop and the next role, which are both special
     for (special, learnt, stop), run in groupby(zip(ids, supervised), lambda t: (t[0] in specials, t[1], t[0] == end)):
         text = printable(tokenizer.decode([token for token, _ in run], special=True))

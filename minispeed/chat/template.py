@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from minispeed.chat.conversation import ASSISTANT, SYSTEM, TEXT, USER, Conversation, Turn
 from minispeed.chat.tokenizer import ChatTokenizer
@@ -30,6 +30,46 @@ class Encoded(NamedTuple):
     ids: list[int]
     supervised: list[bool]
     cuts: list[int]
+
+
+class ChatTemplate(Protocol):
+    """What writes conversations as tokens: our own `Template`, or another checkpoint's (`jinja.JinjaTemplate`)."""
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The special tokens that a tokenizer is to have, and is given where it lacks them."""
+        ...
+
+    def encode_rows(
+        self, conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, train_on: str = "assistant",
+        workers: int = 1,
+    ) -> list[list[Encoded]]:  # fmt: skip
+        """Return the rows of each conversation: one, or several where a later turn rewrites an earlier one."""
+        ...
+
+    def prompt(self, turns: Sequence[Turn], tokenizer: ChatTokenizer) -> list[int]:
+        """Return what serving sends; a training row goes on from it with the answer."""
+        ...
+
+    def stop_id(self, tokenizer: ChatTokenizer) -> int:
+        """Return the id that ends an answer."""
+        ...
+
+    def pad_id(self, tokenizer: ChatTokenizer) -> int:
+        """Return the id that fills rows."""
+        ...
+
+    def dated(self) -> "ChatTemplate":
+        """Return the template with its date settled, if it writes one: the same from now on."""
+        ...
+
+    def content(self) -> dict[str, Any]:
+        """Return what `save` writes: all that the rows depend on."""
+        ...
+
+    def save(self, path: Path | str) -> None:
+        """Write as a JSON file that `templates.load_template` reads."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +112,13 @@ class Template:
             for conversation in conversations
         ]
 
+    def encode_rows(
+        self, conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, train_on: str = "assistant",
+        workers: int = 1,
+    ) -> list[list[Encoded]]:  # fmt: skip
+        """Encode many conversations, each as the one row that it is: no turn changes an earlier one."""
+        return [[one] for one in self.encode_batch(conversations, tokenizer, train_on=train_on, workers=workers)]
+
     def prompt(self, turns: Sequence[Turn], tokenizer: ChatTokenizer) -> list[int]:
         """Return what serving sends: the turns so far and the token that opens the assistant's."""
         encoded = self.encode(Conversation(tuple(turns)), tokenizer)
@@ -100,8 +147,16 @@ class Template:
         """Return the id that fills rows, which is never a target."""
         return self._id(self.pad, tokenizer)
 
+    def dated(self) -> "Template":
+        """Return the template: it writes no date."""
+        return self
+
+    def content(self) -> dict[str, str]:
+        """Return the written form of each token."""
+        return asdict(self)
+
     def save(self, path: Path | str) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(self.content(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path | str) -> "Template":

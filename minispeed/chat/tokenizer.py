@@ -25,10 +25,13 @@ class ChatTokenizer:
 
     size     number of ids, special ones included
     special  the special tokens: written form -> id
+    added    these and the others that the library finds in a text before it is split (`<think>`); `every` is their
+             written forms. White space and single characters are no such: they are part of any text
+    lacked   how many special tokens `load` had to add, at the end of the ids
     digest   SHA-256 of the whole, in hex: equal digests encode equally
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, lacked: int = 0) -> None:
         """Take over a tokenizer that already has its special tokens; `train` and `load` are the ways in."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -36,9 +39,13 @@ class ChatTokenizer:
         self._text = _without_specials(tokenizer)
         added = tokenizer.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
-        self._unreachable = {i for i, token in added.items() if token.content.strip()}
+        written = {token.content: i for i, token in added.items() if token.content.strip()}
+        self.added: Mapping[str, int] = {token: i for token, i in written.items() if len(token) > 1}
+        self.every = frozenset(self.added)
+        self._unreachable = set(written.values())
         self.size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-        self.digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        self.lacked = lacked
+        self.digest = hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, special: Sequence[str] = SPECIALS) -> "ChatTokenizer":
@@ -84,8 +91,13 @@ class ChatTokenizer:
             raise UserError(f"{path} cannot be read: {reason.strerror or reason}") from None
         except Exception as reason:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {reason}") from None
+        lacked = [token for token in special if tokenizer.token_to_id(token) is None]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-        return cls(tokenizer)
+        return cls(tokenizer, lacked=len(lacked))
+
+    def to_json(self) -> str:
+        """Return what a `tokenizer.json` holds."""
+        return str(self._whole.to_str())
 
     def save(self, path: Path | str) -> None:
         """Write as a `tokenizer.json` that `tokenizers` and `transformers` load."""

@@ -1,12 +1,11 @@
-"""The training loop of a run, and what happens in it: update, evaluate, sample, save, and at the end score and draw.
+"""The training loop of a run, and what happens in it: update, save, evaluate, sample, and at the end score and draw.
 
 Every rank runs the same lines; only rank 0 prints and writes, but for each rank's part of a checkpoint.
 """
 
 import math
-import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,44 +15,23 @@ from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.clock import Clock, sample_is_due
 from minispeed.chat.commands import SftOptions
 from minispeed.chat.evaluate import Loss, by_name, by_task, share_of
-from minispeed.chat.examine import Examiner, over_all
-from minispeed.chat.interrupts import deferred_interrupt
-from minispeed.chat.journal import METRICS, SAMPLES, Journal
+from minispeed.chat.examine import Examiner, deciding
+from minispeed.chat.interrupts import deferred_stop, exit_code
+from minispeed.chat.journal import Journal
+from minispeed.chat.preflight import Preflight, most_kept
 from minispeed.chat.prepared import Prepared
+from minispeed.chat.progress import Progress
 from minispeed.chat.run import RunDirectory
+from minispeed.chat.saving import RunSaver
+from minispeed.chat.sources import write_sources
 from minispeed.chat.together import fix_together
 from minispeed.chat.tracing import Tracer
 from minispeed.collective.group import Group
-from minispeed.collective.numbers import any_of, barrier
+from minispeed.collective.numbers import any_of
 from minispeed.engine import Report
 from minispeed.errors import UserError
-from minispeed.figures import draw_run
+from minispeed.runner import MicroBatch
 from minispeed.scaler import LossScaler
-
-
-@dataclass
-class Progress:
-    """Where in the data a run stands, and when it was best."""
-
-    epoch: int = 0
-    step_of_epoch: int = 0
-    best_loss: float = math.inf
-    best_step: int = 0
-
-    def advance(self, steps_of_epoch: int) -> None:
-        """Move on by a step, into the next epoch where this one is over."""
-        self.step_of_epoch += 1
-        if self.step_of_epoch == steps_of_epoch:
-            self.epoch, self.step_of_epoch = self.epoch + 1, 0
-
-    def state(self) -> dict[str, Any]:
-        """Return what JSON can hold (it has no infinity)."""
-        return {**vars(self), "best_loss": None if math.isinf(self.best_loss) else self.best_loss}
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> "Progress":
-        """Return what `state` described."""
-        return cls(**{**state, "best_loss": math.inf if state["best_loss"] is None else state["best_loss"]})
 
 
 class Trainer:
@@ -76,10 +54,11 @@ class Trainer:
         self.chosen = chosen = Chosen.of(options)
         total = options.steps or sum(map(self.rows.steps_per_epoch, range(options.epochs or 0)))
         self.clock = Clock.of(total, options.minutes, warmup=chosen.warmup)
-        self.engine = build_engine(options, chat.model, group, build_schedule(options, total))
+        self.engine = build_engine(options, chat, group, build_schedule(options, total))
         self.examiner = Examiner(
             options, chat, prepared, held_out, self.engine, self.journal, micro_batch=chosen.micro_batch
         )
+        self.saver = RunSaver(options, run, self.engine, self.journal)
         self.progress = Progress()
 
     @property
@@ -87,43 +66,73 @@ class Trainer:
         """How many steps the run has in all; 0 while that is open."""
         return self.clock.total
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are made."""
+        return not self.clock.is_open and self.engine.step >= self.total
+
     def train(self) -> int:
-        """Run to the end, or to ctrl-C; write the model; score it. Returns the exit code."""
+        """Run to the end, or until it is asked to stop; write the model; score it. Returns the exit code."""
         if self.options.resume:
             self.load()
+        if self.options.preflight:
+            self.try_out()
         self.journal.write_options(self.options, self.prepared)
-        untrained = self.evaluate() if self.engine.step == 0 else {}
-        was_stopped = self.make_steps()
-        if was_stopped and (self.clock.is_open or self.engine.step < self.total):
-            self.save(best=False)
-            self.save_model()
-            where = self.run.path
-            self.say(f"stopped at step {self.engine.step} of {self.total or 'an open number'}, saved in {where}")
-            self.say(f"to go on: minispeed sft --config {where / 'run.json'} --resume")
-            return 130
-        self.finish(untrained)
-        return 0
+        if not self.options.resume:
+            self.begin()
+        if self.engine.step == 0:
+            self.evaluate()
+        else:
+            self.after_step()
+        stopped_by = self.make_steps()
+        if not stopped_by or self.is_over:
+            return self.finish()
+        return exit_code(stopped_by) if self.stop() else 1
 
-    def make_steps(self) -> bool:
-        """Make the steps that are left, and what is due after each; return whether ctrl-C ended it."""
-        was_stopped = False
-        with deferred_interrupt(quiet=not self.journal.is_heard) as interrupted:
+    def try_out(self) -> None:
+        """Do once all that the run will do, and leave nothing of it."""
+        Preflight(
+            engine=self.engine,
+            examiner=self.examiner,
+            journal=self.journal,
+            path=self.run.path,
+            micros=self.next_rows(),
+            kept=most_kept(self.options, self.total),
+        ).check()
+
+    def make_steps(self) -> int:
+        """Make the steps that are left, and what is due after each; return the signal that ended it, or 0."""
+        stopped_by = 0
+        with deferred_stop(quiet=not self.journal.is_heard) as stop:
             self.journal.start_bar(self.engine.step, self.total)
-            while self.clock.is_open or self.engine.step < self.total:
+            while not self.is_over:
                 self.update()
-                step = self.engine.step
-                if self.clock.is_due(step, self.options.eval_every):
-                    self.evaluate()
-                if self.options.samples and sample_is_due(step):
-                    self.examiner.sample(self.clock.spent)
-                if self.clock.is_due(step, self.options.save_every):
-                    self.save(best=False)
-                if was_stopped := any_of(self.group, interrupted.is_set()):
+                self.after_step()
+                if stopped_by := stop.agreed(self.group):
                     break
                 if self.is_late():
                     break
             self.journal.bar.close()
-        return was_stopped
+        return stopped_by
+
+    def after_step(self) -> None:
+        """Do what is due after a step; a checkpoint comes first, so that a crash in the rest loses nothing.
+
+        A run that goes on from a checkpoint does this again before its next step.
+        """
+        step, options = self.engine.step, self.options
+        is_examined = self.clock.is_due(step, options.eval_every)
+        if is_examined or self.clock.is_due(step, options.save_every):
+            self.save(wait=is_examined)
+        if is_examined:
+            self.evaluate()
+        if options.samples and sample_is_due(step):
+            self.examiner.sample(self.clock.spent)
+
+    def next_rows(self) -> list[MicroBatch]:
+        """Return this replica's micro-batches of the next step."""
+        batch = self.rows.batch(self.progress.epoch, self.progress.step_of_epoch)
+        return share_of(batch, self.chosen.micro_batch, self.engine.lines)
 
     def update(self) -> None:
         """Make one update and write it down."""
@@ -136,9 +145,9 @@ class Trainer:
 
         progress = self.progress
         start = time.perf_counter()
-        batch = self.rows.batch(progress.epoch, progress.step_of_epoch)
+        rows = self.next_rows()
         with self.tracer.step(self.engine):
-            report = self.engine.train_step(share_of(batch, self.chosen.micro_batch, self.engine.lines), observe)
+            report = self.engine.train_step(rows, observe)
         losses = by_name(seen, tasks, self.group)
         seconds = time.perf_counter() - start
         progress.advance(self.rows.steps_per_epoch(progress.epoch))
@@ -160,12 +169,23 @@ class Trainer:
         self.journal.write_options(self.options, self.prepared)
 
     def check(self, report: Report) -> None:
-        """Say that an update was skipped.  Raises UserError where the loss scale cannot help any more"""
-        if report.skipped:
+        """Say that an update was skipped.
+
+        Raises  UserError after --max-skipped in a row that the loss scale could not help
+        """
+        self.progress.skipped = self.progress.skipped + 1 if report.nonfinite else 0
+        if report.skipped and not report.nonfinite:
             self.say(f"step {self.engine.step}: skipped, the loss scale is now {self.engine.scaler.scale:g}")
-        if report.nonfinite:
-            what = f"{report.nonfinite}, and the loss scale {report.scale:g} can go no lower"
-            raise UserError(what, fix="a lower --lr or --loss-scale; --dtype fp32 to see whether it is rounding")
+        count, most = self.progress.skipped, self.options.max_skipped
+        lowest = f", and the loss scale {report.scale:g} can go no lower" if self.engine.precision.needs_scaler else ""
+        what = f"{report.nonfinite}{lowest}"
+        if 0 < count < most:
+            self.journal.warn(f"{what}: skipped, {count} in a row; {most} end the run")
+        if count == most:
+            raise UserError(
+                f"{what}; {count} steps in a row were skipped, and {self.saver.standing}",
+                fix="a lower --lr or --loss-scale; --dtype fp32 to see whether it is rounding",
+            )
 
     def is_late(self) -> bool:
         """Whether the time is over on any rank; if so, say it."""
@@ -179,34 +199,38 @@ class Trainer:
         )
         return True
 
-    def evaluate(self) -> dict[str, Loss]:
-        """Return the held-out losses, and keep the checkpoint of the lowest."""
+    def evaluate(self) -> None:
+        """Measure the held-out losses, let `best` name the checkpoint of the lowest, and have the prompts answered."""
         losses, step = self.examiner.measure(), self.engine.step
-        loss = over_all(losses).per_token
-        if self.examiner.held_out is not None and step and loss < self.progress.best_loss:
+        loss = deciding(losses).per_token if losses else math.inf
+        if step and loss < self.progress.best_loss and self.saver.mark_best():
             self.progress.best_loss, self.progress.best_step = loss, step
-            self.save(best=True)
-        return losses
+        self.examiner.ask()
 
-    def save(self, *, best: bool) -> None:
-        """Write a checkpoint of everything."""
+    def save(self, *, wait: bool = True) -> bool:
+        """Write a checkpoint of everything; return whether it stands, or, if nobody waits for it, is begun."""
         engine = self.engine
         state: dict[str, Any] = {"step": engine.step, "num_updates": engine.num_updates, "total": self.total}
         state["progress"] = {**self.progress.state(), "seconds": self.clock.spent}
         state["scaler"] = engine.scaler.state()
-        self.run.save_checkpoint(engine.pieces(), state, engine.group, best=best)
+        return self.saver.save(state, wait=wait)
 
-    def save_model(self) -> None:
-        """Write the model, whole, in the run's directory: the masters of the last checkpoint, rounded."""
-        if self.group.rank == 0:
-            stored, compute = self.run.load_checkpoint(), self.engine.precision.compute
-            masters = {name: stored.tensor(f"parameters/{name}") for name in self.engine.names}
-            self.chat.save(self.run.path, {n: x.to(compute) for n, x in masters.items() if x is not None})
-        barrier(self.group)
+    def save_all(self) -> bool:
+        """Write a checkpoint and the model; return whether both are written."""
+        is_saved = self.save() and self.saver.save_model(self.chat)
+        if not is_saved:
+            self.journal.warn(f"minispeed: not all of the run is saved; {self.saver.standing}")
+        return is_saved
+
+    def begin(self) -> None:
+        """Leave nothing of a run that was killed before its first checkpoint, and write down what this one reads."""
+        self.journal.forget_after(-1)
+        if self.journal.is_heard:
+            write_sources(self.run.path, self.options, self.prepared)
 
     def load(self) -> None:
-        """Go on from the last checkpoint."""
-        stored = self.run.load_checkpoint()
+        """Go on from the last checkpoint that is whole."""
+        stored = self.saver.newest_good()
         state = stored.state
         self.engine.load(stored, step=state["step"], num_updates=state["num_updates"])
         self.engine.scaler = LossScaler(**state["scaler"])
@@ -217,27 +241,29 @@ class Trainer:
         self.journal.forget_after(self.engine.step)
         self.say(f"going on from step {self.engine.step}")
 
-    def finish(self, untrained: dict[str, Loss]) -> None:
-        """Save, score and draw what came out."""
-        self.save(best=False)
-        self.save_model()
+    def stop(self) -> bool:
+        """Save, and say how to go on; return whether all is saved."""
+        is_saved = self.save_all()
+        where = self.run.path
+        saved = f"saved in {where}" if is_saved else "not saved"
+        self.say(f"stopped at step {self.engine.step} of {self.total or 'an open number'}, {saved}")
+        self.say(f"to go on: minispeed sft --config {where / 'run.json'} --resume")
+        return is_saved
+
+    def finish(self) -> int:
+        """Save, score and draw what came out. Returns the exit code."""
+        is_saved = self.save_all()
         if losses := self.examiner.measure(whole=True):
-            self.examiner.compare(losses, untrained)
-            if self.progress.best_loss < over_all(losses).per_token - 0.01:
-                best, loss = self.progress.best_step, self.progress.best_loss
-                self.say(f"it was better at step {best} (loss {loss:.3f}): checkpoints/best holds it")
+            self.examiner.compare(losses)
+            loss, best = deciding(losses).per_token, self.progress
+            if loss < best.best_loss:
+                self.saver.mark_best()
+            elif best.best_loss < loss - 0.01:
+                step, lowest = best.best_step, best.best_loss
+                self.say(f"it was better at step {step} (loss {lowest:.3f}): checkpoints/best holds it")
+        self.examiner.ask()
         if self.options.samples:
             self.examiner.sample(self.clock.spent)
         self.examiner.score(losses)
-        if self.group.rank == 0:
-            self.close()
-
-    def close(self) -> None:
-        """Draw what was written down, and say how long it took and where it is."""
-        metrics, samples = self.run.records(METRICS), self.run.records(SAMPLES)
-        for path in draw_run(self.run.path, metrics, samples):
-            self.say(f"drawn: {path}")
-        rate = statistics.median(record["tokens_per_second"] for record in metrics if "norm" in record)
-        took = f"{self.engine.step} steps, {self.clock.spent:.0f} s, {rate:,.0f} tokens/s"
-        self.say(f"{took}; the model is {self.run.path}")
-        self.say(f"talk to it: minispeed chat {self.run.path}")
+        self.journal.close(self.engine.step, self.clock.spent)
+        return 0 if is_saved else 1

@@ -95,6 +95,11 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
+def restart_count() -> int:
+    """Return how many times torchrun has started this process's ranks again, after one of them was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def join(*, backend: str, ranks: int | None = None, timeout: float = 600.0) -> World:
     """Return this process's world, meeting torchrun's other processes where that has not happened yet.
 

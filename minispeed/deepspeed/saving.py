@@ -10,30 +10,30 @@ The layout may be another when it is loaded; DeepSpeed wants the same number of 
 https://deepspeed.readthedocs.io/en/latest/model-checkpointing.html
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minispeed.checkpoint import INDEX, Checkpoint, Piece, save, write_whole
-from minispeed.collective.agree import agree
-from minispeed.collective.group import CollectiveError
-from minispeed.collective.numbers import barrier
+from minispeed.checkpoint import Checkpoint, Piece, save, write_whole
+from minispeed.collective.numbers import barrier, texts_of
+from minispeed.deepspeed.encoded import decode, encode
+from minispeed.deepspeed.loading import put_into
 from minispeed.deepspeed.logging import print_rank_0
 from minispeed.deepspeed.mpu import check_places, is_cut_by_caller
+from minispeed.deepspeed.stored import buffer_names, tied_names
+from minispeed.deepspeed.tags import LATEST, place_of, target_of
+from minispeed.engine import Engine
 from minispeed.errors import UserError
 from minispeed.layout import Interval
-from minispeed.placement import WHOLE, Slice
-from minispeed.scaler import LossScaler
 
 if TYPE_CHECKING:
     from minispeed.deepspeed.engine import DeepSpeedEngine
 
-LATEST = "latest"
 COUNTS = ("global_steps", "skipped_steps", "global_samples")
 
 
@@ -47,41 +47,49 @@ def save_checkpoint(
 ) -> bool:
     """Write a checkpoint together; every rank calls this.
 
-    tag           name of the directory; "global_step" and the number when not given
+    tag           name of the directory; "global_step" and the number when not given. Where ranks bring others, rank 0's
+                  counts, and `checkpoint.tag_validation` says what follows: "Ignore", "Warn" or "Fail"
     client_state  whatever the caller wants back
     Returns       True
-    Raises        UserError if ranks bring different tags and the configuration says "Fail", if the disk is full, or if
-                  the client state holds what cannot be stored, or the caller's slices do not say of what they are
+    Raises        UserError if ranks bring different tags and the configuration says "Fail", if a tag leads out of
+                  `save_dir`, if the disk is full, or if the client state holds what cannot be stored, or the caller's
+                  slices do not say of what they are
     """
     core = self._trained()
     check_places(core)
-    tag = f"global_step{self.global_steps}" if tag is None else str(tag).strip()
-    _validate(self, tag)
+    name = _agreed_tag(self, f"global_step{self.global_steps}" if tag is None else str(tag).strip())
+    target = target_of(save_dir, name)
     if any(unit.gradient is not None or unit.full is not None for unit in core.sharded.units):
         print_rank_0("warning: gradients that no update has used yet are in no checkpoint; try: save after a step")
     tensors: dict[str, Tensor] = {}
     scheduler = self.lr_scheduler.state_dict() if hasattr(self.lr_scheduler, "state_dict") else None
     rates = [{k: v for k, v in group.items() if k != "params"} for group in core.optimizer.param_groups]
+    frozen = [name for name, p in self.module.named_parameters() if not p.requires_grad]
     state = {
-        "client": _encode(dict(client_state), "client_state", tensors),
-        "scheduler": _encode(scheduler, "lr_scheduler", tensors),
-        "groups": _encode(rates, "param_groups", tensors),
+        "client": encode(dict(client_state), "client_state", tensors),
+        "scheduler": encode(scheduler, "lr_scheduler", tensors),
+        "groups": encode(rates, "param_groups", tensors),
         "optimizer": type(core.optimizer).__name__,
         "scaler": core.scaler.state(),
         "step": core.step,
         "num_updates": core.num_updates,
+        "frozen": frozen,
+        "tied": tied_names(self.module),
         **{name: getattr(self, name) for name in COUNTS},
     }
     is_first = core.group.rank == 0
-    pieces = [*core.pieces(), *(_whole(f"buffers/{n}", self.module.get_buffer(n), is_first) for n in _buffers(self))]
+    pieces = [*core.pieces(), *_without_elements(core)]
+    pieces += [_whole(f"buffers/{n}", self.module.get_buffer(n), is_first) for n in buffer_names(self.module)]
     if exclude_frozen_parameters:
-        frozen = {f"parameters/{name}" for name, p in self.module.named_parameters() if not p.requires_grad}
-        pieces = [piece for piece in pieces if piece.name not in frozen]
+        left_out = {f"parameters/{name}" for name in frozen}
+        pieces = [piece for piece in pieces if piece.name not in left_out]
     pieces += [_whole(f"state/{name}", x, is_first) for name, x in tensors.items()]
-    save(Path(save_dir) / tag, pieces, state, core.group)
-    if save_latest and core.group.rank == 0:
-        write_whole(Path(save_dir) / LATEST, lambda path: path.write_text(tag + "\n"))
-    barrier(core.group)  # nobody goes on before `latest` stands
+
+    def point_to_it() -> None:
+        if save_latest:
+            write_whole(Path(save_dir) / LATEST, lambda path: path.write_text(name + "\n"))
+
+    save(target, pieces, state, core.group, point_to_it)
     return True
 
 
@@ -93,52 +101,46 @@ def load_checkpoint(
     load_optimizer_states: bool = True,
     load_lr_scheduler_states: bool = True,
     load_module_only: bool = False,
-    custom_load_fn: Callable[..., None] | None = None,
+    custom_load_fn: Callable[..., Any] | None = None,
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Go on from a checkpoint; every rank calls this.
 
-    tag                 which; the last one when not given
-    load_module_strict  False: parameters that the checkpoint lacks stay as they are
-    load_module_only    parameters and buffers alone
-    Returns             the checkpoint's path and the client state; None and None if there is none
+    tag                    which; the last one when not given
+    load_module_strict     False: parameters that the checkpoint lacks, as those of one that was saved with
+                           `exclude_frozen_parameters`, stay as they are
+    load_optimizer_states  False: the optimizer's moments and settings, and the loss scale, stay as they are
+    load_module_only       parameters and buffers alone; all else stays as it is
+    custom_load_fn         called with src=, all parameters and buffers of the checkpoint, whole and in fp32, and dst=,
+                           the module, whole: what it changes there is what is loaded, as rank 0 has it
+    Returns                the checkpoint's path and the client state; None and None if there is none
+    Raises                 UserError naming what is missing or damaged and the newest checkpoint that is whole, or what
+                           in the checkpoint is not the module's or the optimizer's
     """
-    if custom_load_fn is not None:
-        raise UserError("custom_load_fn: a checkpoint holds no state dict of a rank", fix="load_module_state_dict")
-    core, folder = self._trained(), Path(load_dir)
-    check_places(core)
-    if tag is None:
-        if not (folder / LATEST).exists():
-            print_rank_0(f"warning: there is no {folder / LATEST}: no checkpoint is loaded; try: tag=...")
-            return None, None
-        tag = (folder / LATEST).read_text().strip()
-    if not (folder / str(tag).strip() / INDEX).exists():
-        there = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{INDEX}")))
-        raise UserError(
-            f"there is no checkpoint {tag} in {folder}", fix=f"tag= one of {there}" if there else "save one"
-        )
-    stored = Checkpoint(folder / str(tag).strip())
-    if load_module_strict:
-        _check_all_known(self, stored)
-    state, source = stored.state, _Lenient(stored, self, strict=load_module_strict)
+    folder = Path(load_dir)
+    if self.core is not None:
+        check_places(self.core)
+    if tag is None and not (folder / LATEST).exists():
+        print_rank_0(f"warning: there is no {folder / LATEST}: no checkpoint is loaded; try: tag=...")
+        return None, None
+    path = place_of(folder, tag)
+    stored = Checkpoint(path)
+    if "client" not in stored.state:
+        what = f"{path} was written by no save_checkpoint"
+        raise UserError(what, fix="zero_to_fp32.load_state_dict_from_zero_checkpoint, before initialize")
     with_optimizer = load_optimizer_states and not load_module_only
-    if with_optimizer:
-        _check_optimizer(core.optimizer, state)
-    core.load(source, step=state["step"], num_updates=state["num_updates"], with_optimizer=with_optimizer)
-    _put_buffers(self, stored)
-    client = _decode(state["client"], stored)
+    put_into(self, stored, custom_load_fn, strict=load_module_strict, with_optimizer=with_optimizer)
+    client = decode(stored.state["client"], stored)
     if load_module_only:
-        return str(stored.directory), client
+        return str(path), client
+    if self.core is not None:
+        self.core.step, self.core.num_updates = stored.state["step"], stored.state["num_updates"]
     for name in COUNTS:
-        setattr(self, name, state[name])
+        setattr(self, name, stored.state[name])
     self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
-    if load_optimizer_states:
-        core.scaler = LossScaler(**state["scaler"])
-        for group, saved in zip(core.optimizer.param_groups, _decode(state["groups"], stored)):
-            group.update(saved)
-    if load_lr_scheduler_states and self.lr_scheduler is not None and state["scheduler"] is not None:
-        self.lr_scheduler.load_state_dict(_decode(state["scheduler"], stored))
+    if load_lr_scheduler_states and self.lr_scheduler is not None and stored.state["scheduler"] is not None:
+        self.lr_scheduler.load_state_dict(decode(stored.state["scheduler"], stored))
     self._expect()
-    return str(stored.directory), client
+    return str(path), client
 
 
 def save_16bit_model(
@@ -170,105 +172,31 @@ def save_16bit_model(
     return True
 
 
-def _validate(engine: "DeepSpeedEngine", tag: str) -> None:
-    """Compare the ranks' tags, as the configuration asks."""
-    how = engine.config.checkpoint.tag_validation
-    if how == "Ignore":
-        return
-    try:
-        agree(engine.world.group, {"the checkpoint's tag": tag})
-    except CollectiveError:
-        raise
-    except UserError as error:
-        if how == "Fail":
-            raise
-        print_rank_0(f"warning: {error}")
+def _agreed_tag(engine: "DeepSpeedEngine", tag: str) -> str:
+    """Return rank 0's tag: a checkpoint is one directory. Where another rank has another, do as the configuration says.
+
+    Raises  UserError on every rank
+    """
+    how, tags = engine.config.checkpoint.tag_validation, texts_of(engine.world.group, tag)
+    other = next((rank for rank, one in enumerate(tags) if one != tags[0]), 0)
+    what = f"the checkpoint's tag is {tags[0]} on rank 0, {tags[other]} on rank {other}"
+    if other and how == "Fail":
+        raise UserError(what, fix="one tag on every rank")
+    if other and how == "Warn":
+        print_rank_0(f"warning: {what}; rank 0's counts")
+    return tags[0]
 
 
-def _check_all_known(engine: "DeepSpeedEngine", stored: Checkpoint) -> None:
-    """Raise UserError if the checkpoint holds a parameter or buffer that the module has not, or lacks a buffer."""
-    here = {f"parameters/{name}" for name, _ in engine.module.named_parameters()}
-    buffers = {f"buffers/{name}" for name in _buffers(engine)}
-    there = {name for name in stored.shapes if name.startswith(("parameters/", "buffers/"))}
-    for name in sorted(there - here - buffers):
-        raise UserError(f"the checkpoint holds {name}, which the module has not", fix="load_module_strict=False")
-    for name in sorted(buffers - there):
-        raise UserError(f"the checkpoint holds no {name}", fix="load_module_strict=False")
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Raise UserError if the states are another optimizer's, or of other groups."""
-    mine = type(optimizer).__name__, len(optimizer.param_groups)
-    theirs = state["optimizer"], len(state["groups"])
-    if mine != theirs:
-        what = f"the checkpoint is of {theirs[0]} with {theirs[1]} parameter groups, here is {mine[0]} with {mine[1]}"
-        raise UserError(what, fix="load_optimizer_states=False")
+def _without_elements(core: Engine) -> Iterator[Piece]:
+    """Yield the parameters of no elements, of which no shard has a piece, but a state dict has the name."""
+    for part in core.parts:
+        for of in part.logical.values():
+            if not prod(of.shape):
+                is_copy = not of.counts or core.lines.shards.rank > 0
+                nothing = torch.empty(0, dtype=core.precision.master)
+                yield Piece(f"parameters/{of.name}", of.shape, Interval(0, 0), nothing, is_copy, of.part)
 
 
 def _whole(name: str, x: Tensor, is_first: bool) -> Piece:
     """Return a tensor that all ranks have, to be written by the first."""
     return Piece(name, tuple(x.shape), Interval(0, x.numel()), x, is_copy=not is_first)
-
-
-def _buffers(engine: "DeepSpeedEngine") -> list[str]:
-    """Return the names of the buffers that a state dict of the module would hold."""
-    owners = engine.module.named_modules()
-    passing = {f"{where}.{name}".lstrip(".") for where, module in owners for name in module._non_persistent_buffers_set}
-    return [name for name, _ in engine.module.named_buffers() if name not in passing]
-
-
-def _put_buffers(engine: "DeepSpeedEngine", stored: Checkpoint) -> None:
-    for name in _buffers(engine):
-        found, buffer = stored.tensor(f"buffers/{name}"), engine.module.get_buffer(name)
-        if found is not None and found.shape != buffer.shape:
-            what = f"buffer {name} has the shape {tuple(found.shape)} in the checkpoint, {tuple(buffer.shape)} here"
-            raise UserError(what, fix="the checkpoint of a run of this model")
-        if found is not None:
-            buffer.copy_(found)
-
-
-class _Lenient:
-    """A checkpoint in which, unless `strict`, a parameter that it lacks has the value it has now."""
-
-    def __init__(self, stored: Checkpoint, engine: "DeepSpeedEngine", *, strict: bool) -> None:
-        self.shapes, self._stored = stored.shapes, stored
-        self._now = {} if strict else {p.name: p.tensor.clone() for p in engine._trained().pieces()}
-
-    def read(self, name: str, elements: Interval, part: Slice = WHOLE) -> Tensor | None:
-        """Return what the checkpoint has, else what there was."""
-        found = self._stored.read(name, elements, part)
-        return self._now.get(name) if found is None else found
-
-
-def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """Return what JSON can hold of a value; tensors are put aside under the place where they were found."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        is_tensor, name = isinstance(value, Tensor), f"{len(tensors)} {where}"
-        tensors[name] = value.detach().clone() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        return {"tensor" if is_tensor else "array": name}
-    if isinstance(value, (list, tuple)):
-        inside = [_encode(one, f"{where}.{index}", tensors) for index, one in enumerate(value)]
-        return inside if isinstance(value, list) else {"tuple": inside}
-    if isinstance(value, Mapping):
-        pairs = [[_encode(key, where, tensors), _encode(one, f"{where}.{key}", tensors)] for key, one in value.items()]
-        return {"dict": pairs}
-    what = f"{where} is a {type(value).__name__}, which is no number, text, list, tuple, dict, tensor or array"
-    raise UserError(what, fix="its state as such, or as text")
-
-
-def _decode(value: Any, stored: Checkpoint) -> Any:
-    """Return what `_encode` was given."""
-    if isinstance(value, list):
-        return [_decode(one, stored) for one in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, held),) = value.items()
-    if kind == "tuple":
-        return tuple(_decode(held, stored))
-    if kind == "dict":
-        return {_decode(key, stored): _decode(one, stored) for key, one in held}
-    found = stored.tensor(f"state/{held}")
-    assert found is not None
-    return found if kind == "tensor" else found.numpy()

@@ -3,7 +3,7 @@
 GPT-2, Llama and Qwen are each a choice of these fields, which JSON can hold.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Any, Literal
 
 from minispeed.errors import UserError, nearest
@@ -14,6 +14,7 @@ CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
     "positions": ("rotary", "learned"),
     "mlp": ("swiglu", "gelu"),
+    "rope_scaling": ("none", "linear", "llama3"),
     "deep": MASKS,
 }
 
@@ -25,7 +26,11 @@ class GPTConfig:
     max_positions   longest row that it can read, in tokens (with learned positions: the rows of their table)
     num_kv_heads    key/value heads G, a divisor of num_heads
     hidden_dim      width F inside the MLP
-    qkv_bias, bias  biases on the query/key/value projection, and on every other matrix product of a block
+    rope_scaling    how rotary angles are slowed down for rows longer than the model once knew: "none", "linear" (all by
+                    rope_factor), or "llama3" (a pair that turns at most rope_low times in rope_original tokens by
+                    rope_factor, one that turns rope_high times or more not at all)
+    qkv_bias, out_bias, mlp_bias   biases on the query/key/value projection, on attention's output, and in the MLP
+    bias            out_bias and mlp_bias in one word, which is what configurations written before there were two say
     qk_norm         normalise queries and keys per head before their product (Qwen3)
     tied            the head is the token embedding, transposed
     attention       "fused", "tiled" or "reference"
@@ -50,9 +55,15 @@ class GPTConfig:
     norm_eps: float = 1e-5
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10000.0
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_factor: float = 1.0
+    rope_low: float = 1.0
+    rope_high: float = 4.0
+    rope_original: int = 8192
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     qkv_bias: bool = False
-    bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     tied: bool = True
     attention: str = "fused"
@@ -62,8 +73,12 @@ class GPTConfig:
     deep_dilation: int = 1
     deep_period: int = 1
     deep_tasks: int = 1
+    bias: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, bias: bool | None) -> None:
+        if bias is not None:
+            object.__setattr__(self, "out_bias", bias)
+            object.__setattr__(self, "mlp_bias", bias)
         for field in fields(self):
             size = getattr(self, field.name)
             if field.type is int and size < 1:
@@ -83,6 +98,7 @@ class GPTConfig:
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}", fix=known[0])
         implementation(self.attention)
+        self._check_rope()
         self._check_dropout()
         self._check_deep()
 
@@ -91,6 +107,14 @@ class GPTConfig:
         """Which layer reads which outputs."""
         steps = dict(dilation=self.deep_dilation, period=self.deep_period)
         return Connections(self.num_layers, learned_entries(self.deep, self.num_layers, **steps))
+
+    def _check_rope(self) -> None:
+        if self.rope_factor < 1 or (self.rope_factor > 1 and self.rope_scaling == "none"):
+            what = f"rope_factor {self.rope_factor} with rope_scaling {self.rope_scaling!r}"
+            raise UserError(what, fix="a factor above 1, with rope_scaling='linear' or 'llama3'")
+        if not 0 < self.rope_low < self.rope_high:
+            what = f"rope_low is {self.rope_low}, and rope_high {self.rope_high}"
+            raise UserError(what, fix="0 < rope_low < rope_high")
 
     def _check_dropout(self) -> None:
         for name in ("dropout", "attention_dropout"):
@@ -118,7 +142,7 @@ class GPTConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":
         """Build from what `to_dict` returned; UserError names a key that is unknown or missing."""
-        known = {field.name for field in fields(cls)}
+        known = {"bias", *(field.name for field in fields(cls))}
         for name in values:
             if name not in known:
                 raise UserError(f"a GPT has no setting {name!r}", fix=nearest(name, known) or "remove it")

@@ -9,12 +9,14 @@ family it is.
 
 GPT-2: Radford et al. 2019, section 2.3. Llama: Touvron et al. 2023, section 2.2 (https://arxiv.org/abs/2302.13971).
 Rotary positions: Su et al. 2021, section 3.2 (https://arxiv.org/abs/2104.09864). RMSNorm: Zhang & Sennrich 2019
-(https://arxiv.org/abs/1910.07467). SwiGLU: Shazeer 2020 (https://arxiv.org/abs/2002.05202).
+(https://arxiv.org/abs/1910.07467). SwiGLU: Shazeer 2020 (https://arxiv.org/abs/2002.05202). Slower angles for longer
+rows: Chen et al. 2023, section 2.3 (https://arxiv.org/abs/2306.15595), and Llama 3.1's released configuration.
 
 Letters: B batch, T tokens, D model, H heads, G key/value heads, K head dim, F hidden, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,8 +71,18 @@ class Rows:
 class GPT(nn.Module):
     """The model. Parameters are initialised from (seed, qualified name)."""
 
-    def __init__(self, config: GPTConfig, *, seed: int = 0, hollow_on: torch.device | None = None) -> None:
-        """Build it whole, on the CPU; or, to be filled elsewhere, without memory for its parameters: see `hollow`."""
+    def __init__(
+        self,
+        config: GPTConfig,
+        *,
+        seed: int = 0,
+        given: Mapping[str, Tensor] | None = None,
+        hollow_on: torch.device | None = None,
+    ) -> None:
+        """Build it whole, on the CPU; or, to be filled elsewhere, without memory for its parameters: see `hollow`.
+
+        given   values to start from, by name: these tensors themselves become the parameters
+        """
         super().__init__()
         self.config = config
         self.recomputed: frozenset[str] = frozenset()  # layers whose forward runs again in the backward
@@ -85,7 +97,7 @@ class GPT(nn.Module):
         if hollow_on is not None:
             hollow(self, hollow_on)
             return
-        given = {"deep.alpha": self.deep.identity()}
+        given = {"deep.alpha": self.deep.identity(), **(given or {})}
         initialise(self, seed=seed, model_dim=config.model_dim, num_layers=config.num_layers, given=given)
 
     def set_dropout(self, p: float, *, seed: int) -> None:
@@ -259,7 +271,7 @@ class Attention(nn.Module):
         self.head_dim, self.index = K, index
         self.num_shares = config.num_heads // config.num_kv_heads  # query heads to a key/value head
         self.qkv = nn.Linear(D, (config.num_heads + 2 * config.num_kv_heads) * K, bias=config.qkv_bias, device="meta")
-        self.out = nn.Linear(config.num_heads * K, D, bias=config.bias, device="meta")
+        self.out = nn.Linear(config.num_heads * K, D, bias=config.out_bias, device="meta")
         self.query_norm = make_norm(config, K) if config.qk_norm else None
         self.key_norm = make_norm(config, K) if config.qk_norm else None
         self.core = implementation(config.attention)
@@ -289,8 +301,8 @@ class GELU(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.model_dim, config.hidden_dim, bias=config.bias, device="meta")
-        self.down = nn.Linear(config.hidden_dim, config.model_dim, bias=config.bias, device="meta")
+        self.up = nn.Linear(config.model_dim, config.hidden_dim, bias=config.mlp_bias, device="meta")
+        self.down = nn.Linear(config.hidden_dim, config.model_dim, bias=config.mlp_bias, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -301,9 +313,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.model_dim, config.hidden_dim, bias=config.bias, device="meta")
-        self.up = nn.Linear(config.model_dim, config.hidden_dim, bias=config.bias, device="meta")
-        self.down = nn.Linear(config.hidden_dim, config.model_dim, bias=config.bias, device="meta")
+        self.gate = nn.Linear(config.model_dim, config.hidden_dim, bias=config.mlp_bias, device="meta")
+        self.up = nn.Linear(config.model_dim, config.hidden_dim, bias=config.mlp_bias, device="meta")
+        self.down = nn.Linear(config.hidden_dim, config.model_dim, bias=config.mlp_bias, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -329,12 +341,31 @@ def make_norm(config: GPTConfig, dim: int) -> nn.Module:
 def rotary_angles(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of position x frequency.  (B, T) -> (B, 1, T, K/2) twice, fp64
 
-    Frequency of pair p is theta^(-2p / K).  RoFormer, Su et al. 2021, section 3.2.2.
+    RoFormer, Su et al. 2021, section 3.2.2.
+    """
+    angles = positions[:, None, :, None].to(torch.float64) * rotary_frequencies(config, positions.device)
+    return angles.cos(), angles.sin()
+
+
+def rotary_frequencies(config: GPTConfig, device: torch.device | None = None) -> Tensor:
+    """Return by how much each pair of features turns from one position to the next, in radians.  (K/2,), fp64
+
+    Pair p turns by theta^(-2p / K), less where the angles are scaled: all pairs alike ("linear": positions are
+    interpolated), or only those that turn seldom in the rows that the model first learnt from ("llama3": between
+    rope_low and rope_high turns the share that is kept grows evenly), which tell far from near, while quick ones tell
+    neighbours apart.
+
+    Chen et al. 2023, section 2.3 (https://arxiv.org/abs/2306.15595). Llama 3: Grattafiori et al. 2024, section 3.4.2
+    (https://arxiv.org/abs/2407.21783) tells of its long rows; the formula is the released model's.
     """
     K = config.head_dim
-    exponents = torch.arange(0, K, 2, dtype=torch.float64, device=positions.device) / K
-    angles = positions[:, None, :, None].to(torch.float64) * config.rope_theta**-exponents
-    return angles.cos(), angles.sin()
+    frequencies = config.rope_theta ** -(torch.arange(0, K, 2, dtype=torch.float64, device=device) / K)
+    slowed = frequencies / config.rope_factor
+    if config.rope_scaling != "llama3":
+        return slowed
+    turns = config.rope_original * frequencies / (2 * math.pi)
+    kept = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * slowed
 
 
 def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,8 +1,7 @@
 """Shapes with a name: a few that a laptop trains, and published ones.
 
-Published: GPT-2 (Radford et al. 2019, table 2), Llama-3.2-1B and Qwen2.5-0.5B (their released configurations; Llama's
-stretching of rotary angles for rows beyond 8192 tokens is not among what `GPTConfig` spans). The vocabulary of the
-small ones is that of the tokenizer they are trained with.
+Published: GPT-2 (Radford et al. 2019, table 2), Llama-3.2-1B and Qwen2.5-0.5B (their released configurations). The
+vocabulary of the small ones is that of the tokenizer they are trained with.
 """
 
 from dataclasses import replace
@@ -27,6 +26,7 @@ def _gpt2(layers: int, dim: int, heads: int) -> GPTConfig:
 # short rows need no slow angles, and on a CPU torch has a kernel for LayerNorm and none for RMSNorm
 _LAPTOP: dict[str, Any] = dict(norm="layernorm", rope_theta=1000.0)
 _LLAMA_3: dict[str, Any] = dict(vocab_size=128256, max_positions=131072, rope_theta=500000.0)
+_LLAMA_3 |= dict(rope_scaling="llama3", rope_factor=32.0)
 _QWEN_2: dict[str, Any] = dict(vocab_size=151936, max_positions=32768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
 
 PRESETS: dict[str, GPTConfig] = {

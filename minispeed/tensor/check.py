@@ -7,9 +7,15 @@ from typing import Any
 from torch import nn
 
 from minispeed.errors import UserError
-from minispeed.tensor.plan import Column, Enter, Named, Replica, Row, Use, Vocab, is_transposed
+from minispeed.model.lora import LoRALinear
+from minispeed.tensor.plan import Column, Enter, Named, Replica, Row, Shared, Use, Vocab, is_transposed
 
-LEAVES: dict[Any, tuple[Any, ...]] = {Column: (nn.Linear,), Row: (nn.Linear,), Vocab: (nn.Embedding, nn.Linear)}
+LEAVES: dict[Any, tuple[Any, ...]] = {
+    Column: (nn.Linear, LoRALinear),
+    Row: (nn.Linear, LoRALinear),
+    Shared: (nn.Linear,),
+    Vocab: (nn.Embedding, nn.Linear),
+}
 ANY: tuple[Any, ...] = (nn.Module, nn.Parameter)
 
 
@@ -23,9 +29,9 @@ def check_rule(one: Named, named: Sequence[Named]) -> None:
     kinds = LEAVES.get(type(rule), ANY if isinstance(rule, Replica) else ANY[:1])
     if type(rule) in (Column, Row) and is_transposed(found):
         kinds = (type(found),)
-    kind = next((kind for kind in kinds if isinstance(found, kind)), None)
-    if kind is None or (type(rule) in LEAVES and type(found).forward is not kind.forward):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
+    alike = [kind for kind in kinds if isinstance(found, kind)]
+    if not alike or (type(rule) in LEAVES and all(type(found).forward is not kind.forward for kind in alike)):
+        wanted = " or ".join(kind.__name__ for kind in kinds if kind is not LoRALinear)
         what = f"{name} is of type {type(found).__name__}, and {type(rule).__name__}() is for torch's {wanted}"
         raise UserError(what, fix=f"{wanted} there, or Replica()")
     if rule.problem(found):

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from minispeed.collective.group import Group
 from minispeed.errors import UserError
+from minispeed.model.lora import LoRALinear
 from minispeed.placement import Placement, Shard, cut
 from minispeed.tensor.check import check_all_named, check_counts, check_dropout, check_rule, check_ties
-from minispeed.tensor.layers import ColumnLinear, RowLinear, VocabEmbedding, VocabHead
-from minispeed.tensor.plan import Column, Enter, Named, Plan, Replica, Row, Use, is_transposed, match
+from minispeed.tensor.layers import ColumnLinear, RowLinear, SharedLinear, VocabEmbedding, VocabHead
+from minispeed.tensor.plan import Column, Enter, Named, Plan, Replica, Row, Shared, Use, is_transposed, match
 from minispeed.tensor.stream import Stream
 
 
@@ -80,7 +81,8 @@ def _slice(p: nn.Parameter, use: Use, group: Group) -> nn.Parameter:
 def _replace_leaves(
     model: nn.Module, named: Sequence[Named], mine: Mapping[nn.Parameter, nn.Parameter], stream: Stream
 ) -> None:
-    entered = tuple(f"{name}." for name, rule, _ in named if isinstance(rule, Enter))
+    # what is inside a Column, a part of its adapter, has entered with it
+    entered = tuple(f"{name}." for name, rule, _ in named if isinstance(rule, (Enter, Column)))
     made: dict[nn.Module, nn.Module] = {}  # by the leaf, which may have several names
     for name, rule, leaf in named:
         if isinstance(leaf, nn.Module) and not isinstance(rule, (Enter, Replica)):
@@ -92,10 +94,13 @@ def _replace_leaves(
 
 def _cut_leaf(leaf: Any, rule: Any, own: Mapping[str, nn.Parameter], stream: Stream, *, enters: bool) -> nn.Module:
     weight, bias = own["weight"], own.get("bias")
+    lora = leaf.lora if isinstance(leaf, LoRALinear) else None
     if isinstance(rule, Column):
-        return ColumnLinear(stream, weight, bias, enters=enters, transposed=is_transposed(leaf))
+        return ColumnLinear(stream, weight, bias, enters=enters, transposed=is_transposed(leaf), lora=lora)
     if isinstance(rule, Row):
-        return RowLinear(stream, weight, bias, transposed=is_transposed(leaf))
+        return RowLinear(stream, weight, bias, leaves=rule.leaves, transposed=is_transposed(leaf), lora=lora)
+    if isinstance(rule, Shared):
+        return SharedLinear(stream, weight)
     if isinstance(leaf, nn.Embedding):
         return VocabEmbedding(stream, weight, vocab_size=leaf.num_embeddings)
     return VocabHead(stream, weight, bias, vocab_size=leaf.out_features)

@@ -19,6 +19,7 @@ from torch import nn
 
 from minispeed.errors import UserError, nearest
 from minispeed.model.config import GPTConfig
+from minispeed.model.lora import LoRALinear
 from minispeed.placement import Place, Replicated, Shard
 
 AXIS = "tp"
@@ -69,6 +70,19 @@ class Rule:
         """Return why it cannot be cut, whatever tp is: "has 10 ..."; "" if it can."""
         return ""
 
+    def adapter(self) -> dict[str, "Rule"]:
+        """Return the rules of the parts of an adapter beside it."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Shared(Rule):
+    """Keep a Linear between cut layers whole: its gradients are parts, which its own backward sums."""
+
+    def uses(self, leaf: nn.Module, own: Iterable[str]) -> dict[str, Use]:
+        """Keep it whole."""
+        return dict.fromkeys(own, Use())
+
 
 @dataclass(frozen=True)
 class Column(Rule):
@@ -90,7 +104,11 @@ class Column(Rule):
     def uses(self, leaf: nn.Module, own: Iterable[str]) -> dict[str, Use]:
         """Cut weight and bias alike."""
         dims = {"weight": 1 if is_transposed(leaf) else 0, "bias": 0}
-        return {name: Use(Shard(AXIS, dims[name], self.widths(leaf))) for name in own}
+        return {name: Use(Shard(AXIS, dims[name], self.widths(leaf))) for name in own if name in dims}
+
+    def adapter(self) -> dict[str, Rule]:
+        """Cut B as the Linear is."""
+        return {"a": Shared(), "b": self}
 
     def counts(self, leaf: nn.Module) -> list[Count]:
         """Return the heads, or features, of each chunk."""
@@ -109,13 +127,21 @@ class Column(Rule):
 class Row(Rule):
     """Cut a Linear, or a Conv1D, by its input features, which a Column made.
 
-    Its output goes to the stream, its bias is whole.
+    Its bias is whole.
+
+    leaves  whether its output goes to the stream, or is a term of what a Row around it sums
     """
+
+    leaves: bool = True
 
     def uses(self, leaf: nn.Module, own: Iterable[str]) -> dict[str, Use]:
         """Cut the weight; the bias is applied to the stream."""
-        weight = Use(Shard(AXIS, 0 if is_transposed(leaf) else 1))
-        return {name: weight if name == "weight" else Use(on="tokens") for name in own}
+        uses = {"weight": Use(Shard(AXIS, 0 if is_transposed(leaf) else 1)), "bias": Use(on="tokens")}
+        return {name: uses[name] for name in own if name in uses}
+
+    def adapter(self) -> dict[str, Rule]:
+        """Cut A as the Linear is, and let the adapter know which features are here."""
+        return {"a": Row(leaves=False), "b": Shared(), "features": Replica(takes="heads")}
 
     def counts(self, leaf: nn.Module) -> list[Count]:
         """Return the input features."""
@@ -206,6 +232,8 @@ def gpt_plan(config: GPTConfig) -> dict[str, Rule]:
         "blocks.*.mlp.down": Row(),
         "norm": Replica(gives="whole"),
         "head": Vocab(),
+        "dropping.cells": Replica(takes="whole"),
+        "dropping.heads": Replica(takes="heads"),
     }
     if config.positions == "learned":
         plan["embed.positions"] = Replica(takes="whole")
@@ -213,15 +241,13 @@ def gpt_plan(config: GPTConfig) -> dict[str, Rule]:
         plan["blocks.*.mlp.gate"] = Column()
     if config.qk_norm:
         plan["blocks.*.attention.*_norm"] = Replica(on="heads")
-    if config.dropout or config.attention_dropout:
-        plan |= {"dropping.cells": Replica(takes="whole"), "dropping.heads": Replica(takes="heads")}
     if config.deep != "none":
         plan["deep"] = Replica(takes="whole" if config.deep_tasks > 1 else "stream")  # tasks are of all tokens
     return plan
 
 
 def match(plan: Plan, model: nn.Module) -> list[Named]:
-    """Return what the plan names, in its order: a module with several names appears under each.
+    """Return what the plan names, in its order: a module with several names appears under each, adapters after theirs.
 
     Raises  UserError if a pattern matches nothing, or two match one name
     """
@@ -238,7 +264,18 @@ def match(plan: Plan, model: nn.Module) -> list[Named]:
                 what = f"{name} is matched by {by_name[name]!r} and by {pattern!r}"
                 raise UserError(what, fix="patterns that match each name once")
             by_name[name] = pattern
-    return [Named(name, plan[pattern], known[name]) for name, pattern in by_name.items()]
+    named = [Named(name, plan[pattern], known[name]) for name, pattern in by_name.items()]
+    return [one for of in named for one in (of, *_adapters(of))]
+
+
+def _adapters(of: Named) -> list[Named]:
+    """Return the parts of the adapter that a Linear may have."""
+    if not isinstance(of.found, LoRALinear):
+        return []
+    adapter = of.found.lora
+    return [
+        Named(f"{of.name}.lora.{name}", rule, adapter.get_submodule(name)) for name, rule in of.rule.adapter().items()
+    ]
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -42,7 +42,8 @@ def measure_held(engine: Engine, step: Callable[[], object]) -> Held:
     are_apart = engine.precision.master != engine.precision.compute
     states = engine.optimizer.state.values()
     optimizer = [value for state in states for value in state.values() if isinstance(value, Tensor) and value.dim()]
-    return Held(parameters, most, storage_bytes([*optimizer, *(unit.master for unit in units if are_apart)]))
+    masters = [unit.master for unit in units if are_apart and unit.trainable]
+    return Held(parameters, most, storage_bytes([*optimizer, *masters]))
 
 
 class InMemory:

@@ -404,8 +404,9 @@ MUTATIONS = [
     Mutation(
         "add a row layer's bias on every rank before the sum",
         LAYERS,
-        "y = self.stream.leave(F.linear(x, self.weight.t() if self.transposed else self.weight))",
-        "y = self.stream.leave(F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias))",
+        "y = F.linear(x, self.weight.t() if self.transposed else self.weight)\n        y = y if self.lora is None",
+        "y = F.linear(x, self.weight.t() if self.transposed else self.weight, self.bias)\n"
+        "        y = y if self.lora is None",
         "tests/test_tensor.py",
     ),
     Mutation(
@@ -456,6 +457,69 @@ MUTATIONS = [
         "getattr(module, size) // stream.group.size",
         "getattr(module, size)",
         AUTOTP,
+    ),
+    Mutation(
+        "sum no gradient of what LoRA shares over tp",
+        LAYERS,
+        "copy(self.weight, self.stream.group)",
+        "self.weight",
+        "tests/test_lora.py",
+    ),
+    Mutation(
+        "merge adapters without their scale",
+        "minispeed/model/merge.py",
+        "scale * (b.to(wide) @ a.to(wide))",
+        "b.to(wide) @ a.to(wide)",
+        "tests/test_lora.py",
+    ),
+    Mutation(
+        "leave frozen parameters out of what a rank holds",
+        "minispeed/ledger.py",
+        "whole + whole_frozen",
+        "whole",
+        "tests/test_lora.py",
+    ),
+    Mutation(
+        "read a checkpoint's piece without looking at its checksums",
+        "minispeed/checkpoint/tensors.py",
+        "if promise and found != promise.checksum:",
+        "if False:",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "read a piece from its begin, however little is wanted",
+        "minispeed/checkpoint/tensors.py",
+        "first = wanted.start // self.block",
+        "first = 0",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "let a background save write what the tensors are by then",
+        "minispeed/checkpoint/saver.py",
+        "self._copies[which] = copy.copy_(x, non_blocking=True)",
+        "copy = self._copies[which] = x",
+        "tests/test_checkpoint.py",
+    ),
+    Mutation(
+        "forget other names of tied parameters in a checkpoint",
+        "minispeed/deepspeed/saving.py",
+        '"tied": tied_names(self.module),',
+        '"tied": {},',
+        "tests/test_fp32.py",
+    ),
+    Mutation(
+        "read every row of a HuggingFace tensor",
+        "minispeed/model/hf/read.py",
+        "first, last = elements.start // width",
+        "first, last = 0",
+        "tests/test_hf.py",
+    ),
+    Mutation(
+        "scale all of llama3's rotary pairs alike",
+        "minispeed/model/gpt.py",
+        "kept = ((turns - config.rope_low)",
+        "kept = ((turns - 0 * config.rope_low)",
+        "tests/test_gpt.py",
     ),
 ]
 

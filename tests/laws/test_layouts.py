@@ -26,6 +26,8 @@ from minispeed.model.config import GPTConfig
 from minispeed.model.dropout import cells_of
 from minispeed.model.generate import Answer, generate
 from minispeed.model.gpt import GPT
+from minispeed.model.init import draw as drawn
+from minispeed.model.lora import LoRA, add_lora
 from minispeed.model.loss import IGNORED
 from minispeed.model.presets import preset
 from minispeed.model.recompute import recompute
@@ -59,6 +61,7 @@ class Case:
     optimizer: str
     clip: float
     recompute: str
+    lora: LoRA | None
     share: float
     packed: bool
     empty: bool
@@ -84,6 +87,8 @@ class Case:
             "sequence": layout.sequence if layout.sp > 1 else "-",
             "tokens": layout.tokens if layout.tp > 1 else "-",
             "recompute": self.recompute,
+            "lora": f"trains {self.lora.train}" if self.lora else "-",
+            "lora_dropout": self.lora.dropout if self.lora else "-",
             "packed": self.packed,
             "empty": self.empty,
             "deep": config.deep + " tasks" * (config.deep_tasks > 1),
@@ -91,7 +96,9 @@ class Case:
             "norm": config.norm,
             "mlp": config.mlp,
             "qk_norm": config.qk_norm,
-            "biases": config.bias,
+            "qkv_bias": config.qkv_bias,
+            "out_bias": config.out_bias,
+            "mlp_bias": config.mlp_bias,
             "tied": config.tied,
             "grouped": config.num_kv_heads < config.num_heads,
             "attention": config.attention,
@@ -105,8 +112,8 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn, most: int = 8) -> Case:
     layout, dp = draw(layouts(most))
-    config = draw(configs(layout))
-    bounds = partition(layer_costs(GPT(config)), layout.stages)
+    config, lora = draw(configs(layout)), draw(st.none() | st.none() | adapters())
+    bounds = partition(layer_costs(make(config, lora)), layout.stages)
     if any(begin == end - 1 and begin in (0, config.num_layers + 1) for begin, end in pairwise(bounds)):
         layout = replace(layout, schedule={"zb_h1": "1f1b"}.get(layout.schedule, layout.schedule))  # nothing to split
     return Case(
@@ -118,6 +125,7 @@ def cases(draw: st.DrawFn, most: int = 8) -> Case:
         optimizer=draw(st.sampled_from(sorted(OPTIMIZERS))),
         clip=draw(st.sampled_from([0.0, 0.01, 1.0])),
         recompute=draw(st.sampled_from(["none", "all", "2", "attention"])),
+        lora=lora,
         share=draw(st.floats(0, 1)),
         packed=draw(st.booleans()),
         empty=draw(st.booleans()),
@@ -156,10 +164,12 @@ def configs(draw: st.DrawFn, layout: Layout) -> GPTConfig:
         head_dim=2,
         hidden_dim=layout.tp * draw(st.integers(1, 3)),
         norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
+        norm_eps=0.1,  # of 1e-5 every norm has a gradient of 300, at a token of which dropout has left nothing
         positions=draw(st.sampled_from(["rotary", "learned"])),
         mlp=draw(st.sampled_from(["swiglu", "gelu"])),
         qkv_bias=draw(st.booleans()),
-        bias=draw(st.booleans()),
+        out_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         tied=draw(st.booleans()),
         attention=attention,
@@ -171,6 +181,28 @@ def configs(draw: st.DrawFn, layout: Layout) -> GPTConfig:
         return replace(plain, **deep, deep_tasks=draw(st.integers(1, 3)) if deep else 1)
     except UserError:  # too few layers for the mask
         return plain
+
+
+def adapters() -> st.SearchStrategy[LoRA]:
+    return st.builds(
+        LoRA,
+        rank=st.integers(1, 3),
+        alpha=st.sampled_from([1.0, 3.0]),
+        targets=st.sampled_from([("attention.qkv",), ("attention.out", "mlp.up"), ("mlp.*",)]),
+        dropout=SHARES,
+        train=st.sampled_from(["lora", "all"]),
+    )
+
+
+def make(config: GPTConfig, lora: LoRA | None, seed: int = 0) -> GPT:
+    """Make the whole model; its adapters, if any, have been trained already, so that all of them have gradients."""
+    model = GPT(config, seed=seed).to(torch.float64)
+    if lora is not None:
+        add_lora(model, lora, seed=seed)
+        for name, p in model.named_parameters():
+            if name.endswith("lora.b.weight"):
+                p.data.copy_(drawn(seed, name, p.shape, 0.3))
+    return model
 
 
 def rows(case: Case, step: int) -> MicroBatch:
@@ -191,7 +223,7 @@ def rows(case: Case, step: int) -> MicroBatch:
 
 def plain(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """Train as anybody would on one device; return losses and norms, and the parameters."""
-    model = GPT(case.config, seed=case.seed).to(torch.float64)
+    model = make(case.config, case.lora, case.seed)
     groups = decay_groups(model, 0.1)
     made = [{"params": [model.get_parameter(n) for n in g["names"]], "weight_decay": g["weight_decay"]} for g in groups]
     optimizer = OPTIMIZERS[case.optimizer](made)
@@ -209,12 +241,12 @@ def plain(case: Case) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor
             gradient *= case.clip / norm if case.clip and norm > case.clip else 1.0
         optimizer.step()
         found.append((loss.item(), norm))
-    return found, {name: p.detach() for name, p in model.named_parameters()}
+    return found, dict(model.named_parameters())
 
 
 def cut(case: Case, group: Group, folder: Path) -> list[Report]:
     """Train as one rank of the layout, and leave a checkpoint in the folder."""
-    model = GPT(case.config, seed=case.seed).to(torch.float64)
+    model = make(case.config, case.lora, case.seed)
     recompute(model, case.recompute)
     engine = Engine(
         model,
@@ -260,7 +292,8 @@ def check_run(case: Case, ran: list[list[Report]], folder: Path) -> None:
     for name, tensor in parameters.items():
         found = stored.tensor(f"parameters/{name}")
         assert found is not None and found.shape == tensor.shape, name
-        assert close(found, tensor), f"{name} differs by {(found - tensor).abs().max():.2e}"
+        same = close if tensor.requires_grad else torch.equal  # what is frozen stays as it is, to the bit
+        assert same(found, tensor), f"{name} differs by {(found - tensor).abs().max():.2e}"
     for reports in ran:
         assert reports == ran[0]
         for report, numbers in zip(reports, expected, strict=True):
@@ -277,7 +310,7 @@ def test_every_cut_is_the_same_training_run(case, covered):
 
 def write(case: Case, group: Group, prompts: list[list[int]]) -> list[Answer]:
     """Answer as one rank of the layout."""
-    model = GPT(case.config, seed=case.seed).to(torch.float64)
+    model = make(case.config, case.lora, case.seed)
     engine = Engine(model, group, layout=case.layout, precision=Precision(torch.float64), lr=LR, zero=case.stage)
     with engine.reading() as reader:
         return generate(reader, prompts, stop=[0], max_new=3)
@@ -288,7 +321,7 @@ def write(case: Case, group: Group, prompts: list[list[int]]) -> list[Answer]:
 def test_every_cut_writes_the_same(case, lengths):
     generator = torch.Generator().manual_seed(case.seed)
     prompts = [torch.randint(0, case.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    expected = generate(GPT(case.config, seed=case.seed).to(torch.float64), prompts, stop=[0], max_new=3)
+    expected = generate(make(case.config, case.lora, case.seed), prompts, stop=[0], max_new=3)
     assert run_threads(lambda group: write(case, group, prompts), case.ranks) == [expected] * case.ranks
 
 

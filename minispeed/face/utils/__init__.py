@@ -17,6 +17,7 @@ __getattr__, __dir__ = lazily(
     {
         "logging": "minispeed.utils.logging",
         "timer": "minispeed.utils.timer",
+        "zero_to_fp32": "minispeed.utils.zero_to_fp32",
         "OnDevice": "minispeed.deepspeed.devices",
         "RepeatingLoader": "minispeed.deepspeed.loader",
         "log_dist": "minispeed.deepspeed.logging",
