@@ -8,6 +8,7 @@ command is called for, so help and a typing mistake never wait for torch. The la
                 2    a mistake that the user can mend
                 130  stopped by Ctrl-C
                 141  the reader of our output went away, as in `| head`
+                143  asked to end, by SIGTERM
 """
 
 import errno

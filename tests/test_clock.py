@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from minispeed.chat.build import build_schedule
 from minispeed.chat.clock import Clock, sample_is_due
-from minispeed.chat.commands import SftOptions
+from minispeed.chat.sft_options import SftOptions
 from minispeed.chat.together import fix_together
 from minispeed.collective.launch import launch
 

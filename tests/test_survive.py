@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 from minispeed.__main__ import main
 from minispeed.chat import chat_model, interrupts, preflight
-from minispeed.chat.commands import SftOptions
 from minispeed.chat.conversation import ASSISTANT, USER, Conversation, Turn
 from minispeed.chat.examine import Examiner
 from minispeed.chat.run import RunDirectory
 from minispeed.chat.samples import page_of
 from minispeed.chat.sft import run_rank
+from minispeed.chat.sft_options import SftOptions
 from minispeed.chat.trainer import Trainer
 from minispeed.checkpoint import write
 from minispeed.collective.launch import launch

@@ -29,8 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE_EVERY, AHEAD = 40, 3, 8  # steps of a run, between checkpoints, and from a start to the next kill at most
 KILLS_OF_A_RUN = 6
 PATIENCE = 180.0  # seconds until something happens
-# torchrun's store outlives its ranks, and those of the next start find the addresses of the last one's in it
-OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # https://github.com/pytorch/pytorch/issues/135712
 LAYOUTS = {  # ranks, and what is said of how they share the work
     "alone": (1, []),
     "dp 2": (2, []),
@@ -79,7 +77,7 @@ class Run:
         if (self.out / "checkpoints" / "last").exists():
             said += " --resume"
         torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts 100 -m minispeed"
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **OWN_STORE}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *torchrun.split(), *said.split(), *words, *self.more]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

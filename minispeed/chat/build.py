@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from minispeed.chat.chat_model import ChatModel
-from minispeed.chat.commands import SftOptions
 from minispeed.chat.documents import Documents
 from minispeed.chat.opening import lora_of
 from minispeed.chat.pack import Packing
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.read import stem
+from minispeed.chat.sft_options import SftOptions
 from minispeed.collective.group import Group
 from minispeed.engine import Engine
 from minispeed.errors import UserError

@@ -7,7 +7,7 @@ wastes an evening. Each value chosen here is printed with its reason and written
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minispeed.chat.commands import SftOptions
+from minispeed.chat.sft_options import SftOptions
 from minispeed.errors import UserError
 from minispeed.model.config import GPTConfig
 

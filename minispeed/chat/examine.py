@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from minispeed.chat.chat_model import ChatModel
-from minispeed.chat.commands import SftOptions
 from minispeed.chat.conversation import Conversation
 from minispeed.chat.evaluate import (
     Loss,
@@ -26,6 +25,7 @@ from minispeed.chat.pack import Packing
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.samples import PAGE, name_of, page_of, read_prompts
 from minispeed.chat.score import Answered, unigram_loss
+from minispeed.chat.sft_options import SftOptions
 from minispeed.engine import Engine
 
 NUM_EVAL_STEPS = 16  # batches of each file in the evaluations while training; the last one reads everything

@@ -16,11 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from minispeed import checkpoint
-from minispeed.chat.commands import SftOptions
 from minispeed.chat.evaluate import Loss
 from minispeed.chat.prepared import Prepared
 from minispeed.chat.run import RunDirectory
 from minispeed.chat.score import Answered
+from minispeed.chat.sft_options import SftOptions
 from minispeed.engine import Report
 from minispeed.errors import UserError
 from minispeed.figures import draw_run

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from minispeed.chat.chat_model import ChatModel, check_vocabulary
-from minispeed.chat.commands import SftOptions
 from minispeed.chat.defaults import DEFAULT_SEQ
 from minispeed.chat.prepare import prepare
 from minispeed.chat.prepared import Prepared
+from minispeed.chat.sft_options import SftOptions
 from minispeed.chat.sources import check_files, check_prepared
 from minispeed.chat.templates import choose_template
 from minispeed.errors import UserError

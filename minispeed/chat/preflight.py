@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from minispeed import checkpoint
-from minispeed.chat.commands import SftOptions
 from minispeed.chat.evaluate import first_of_each_task
 from minispeed.chat.examine import Examiner
 from minispeed.chat.journal import Journal
 from minispeed.chat.saving import CHECKPOINTS
+from minispeed.chat.sft_options import SftOptions
 from minispeed.checkpoint import Checkpoint, Piece
 from minispeed.collective.group import CollectiveError
 from minispeed.collective.numbers import any_of, barrier, sums_of

@@ -3,6 +3,8 @@
 RUN/run.json            the full effective options, the command, versions, hashes of the data
 RUN/metrics.jsonl       a line per step and per evaluation
 RUN/samples.jsonl       held-out prompts and what the model answered, as it learnt
+RUN/data.json           the hash of every data file, and of what was prepared from them
+RUN/prompts.jsonl       what was answered to --prompts, and samples.md, the same side by side
 RUN/checkpoints/        step-NNNNNNNN/, and the files `last` and `best` that name one each; see `minispeed.checkpoint`
 RUN/model.safetensors, config.json, tokenizer.json, template.json    the model: all that `chat` needs
 """
@@ -85,17 +87,6 @@ class RunDirectory:
         """Add a line to a .jsonl file."""
         with (self.path / name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
-
-    def forget_after(self, name: str, step: int) -> None:
-        """Drop the lines of a .jsonl file that a run resumed at `step` writes again, and a line cut short."""
-        path, kept = self.path / name, []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue
-        checkpoint.write_whole(path, lambda aside: aside.write_text("".join(kept)))
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Read a .jsonl file back."""

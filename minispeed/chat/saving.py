@@ -13,10 +13,10 @@ from torch import Tensor
 
 from minispeed import checkpoint
 from minispeed.chat.chat_model import ChatModel
-from minispeed.chat.commands import SftOptions
 from minispeed.chat.journal import Journal
 from minispeed.chat.opening import lora_of
 from minispeed.chat.run import RunDirectory
+from minispeed.chat.sft_options import SftOptions
 from minispeed.checkpoint import Checkpoint
 from minispeed.collective.group import CollectiveError
 from minispeed.collective.numbers import any_of

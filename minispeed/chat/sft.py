@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from minispeed.chat.commands import SftOptions
 from minispeed.chat.defaults import Choice, count_ranks, fill_in
 from minispeed.chat.interrupts import ended_by_sigterm, signals_left_to_ranks
 from minispeed.chat.opening import model_folder, open_model_and_data
 from minispeed.chat.preflight import clear
 from minispeed.chat.run import RunDirectory, use_threads
 from minispeed.chat.saving import CHECKPOINTS
+from minispeed.chat.sft_options import SftOptions
 from minispeed.chat.show import report_text
 from minispeed.chat.tracing import Tracer
 from minispeed.chat.trainer import Trainer

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from minispeed import checkpoint
-from minispeed.chat.commands import SftOptions
 from minispeed.chat.prepared import Prepared
+from minispeed.chat.sft_options import SftOptions
 from minispeed.errors import UserError
 
 SOURCES = "data.json"

@@ -13,7 +13,6 @@ import torch
 from minispeed.chat.build import Chosen, build_engine, build_rows, build_schedule
 from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.clock import Clock, sample_is_due
-from minispeed.chat.commands import SftOptions
 from minispeed.chat.evaluate import Loss, by_name, by_task, share_of
 from minispeed.chat.examine import Examiner, deciding
 from minispeed.chat.interrupts import deferred_stop, exit_code
@@ -23,6 +22,7 @@ from minispeed.chat.prepared import Prepared
 from minispeed.chat.progress import Progress
 from minispeed.chat.run import RunDirectory
 from minispeed.chat.saving import RunSaver
+from minispeed.chat.sft_options import SftOptions
 from minispeed.chat.sources import write_sources
 from minispeed.chat.together import fix_together
 from minispeed.chat.tracing import Tracer

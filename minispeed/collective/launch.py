@@ -14,12 +14,13 @@ import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous as by_torch
 
 from minispeed.collective.flight import FlightRecorder
 from minispeed.collective.group import Group
@@ -111,7 +112,23 @@ def join(*, backend: str, ranks: int | None = None, timeout: float = 600.0) -> W
             f"warning: launch asks for {ranks} ranks, torchrun started {size}: running on {size}",
             file=sys.stderr,
         )
-    return adopt(timeout=timeout) if dist.is_initialized() else meet(rank, size, backend=backend, timeout=timeout)
+    if dist.is_initialized():
+        return adopt(timeout=timeout)
+    return meet(rank, size, backend=backend, rendezvous="start://", timeout=timeout)
+
+
+def _by_start(url: str, **how: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """Meet as by "env://", but under this start's own name: torchrun's store outlives the ranks that it starts again.
+
+    They would find each other's addresses of the time before: https://github.com/pytorch/pytorch/issues/135712. Several
+    machines count their starts each for itself, and meet as torch has it.
+    """
+    alone = int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1
+    for store, rank, size in by_torch("env://", **how):
+        yield dist.PrefixStore(f"start {restart_count()}", store) if alone else store, rank, size
+
+
+register_rendezvous_handler("start", _by_start)
 
 
 def meet(rank: int, size: int, *, backend: str, rendezvous: str = "env://", timeout: float = 600.0) -> World:
