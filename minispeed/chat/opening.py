@@ -53,11 +53,7 @@ def open_model_and_data(options: SftOptions, device: torch.device = CPU) -> tupl
         check_prepared(options.out, prepared)
     chat = new_model(options, prepared) if directory is None else old_model(options, prepared, directory, device)
     lora = lora_of(options)
-    if lora is not None:
-        trained = add_lora(chat.model, lora, seed=options.seed)
-        numbers = sum(chat.model.get_parameter(name).numel() for name in trained)
-        note = f"LoRA of rank {lora.rank}: {numbers:,} parameters in {len(trained) // 2} adapters"
-        chat = replace(chat, notes=(*chat.notes, note))
+    chat = chat if lora is None else with_adapters(chat, lora, options.seed)
     chat.model.to(device)
     return chat, prepared, directory is None
 
@@ -86,6 +82,18 @@ def old_model(options: SftOptions, prepared: Prepared, directory: Path, device: 
     p = chat.model.config.dropout if options.dropout is None else options.dropout
     chat.model.set_dropout(p, seed=options.seed)
     return chat
+
+
+def with_adapters(chat: ChatModel, lora: LoRA, seed: int) -> ChatModel:
+    """Give a model adapters; they alone are trained, or, where its tokenizer has new tokens, embedding and head too."""
+    trained = add_lora(chat.model, lora, seed=seed)
+    numbers = sum(chat.model.get_parameter(name).numel() for name in trained)
+    notes = [f"LoRA of rank {lora.rank}: {numbers:,} parameters in {len(trained) // 2} adapters"]
+    if chat.tokenizer.lacked:
+        for layer in (chat.model.embed.tokens, chat.model.head):
+            layer.weight.requires_grad_(True)
+        notes.append("embedding and head are trained too, whole: the template's tokens are new to the model")
+    return replace(chat, notes=(*chat.notes, *notes))
 
 
 def lora_of(options: Any) -> LoRA | None:
