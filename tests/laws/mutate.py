@@ -521,6 +521,62 @@ MUTATIONS = [
         "kept = ((turns - 0 * config.rope_low)",
         "tests/test_gpt.py",
     ),
+    Mutation(
+        "evaluate before the checkpoint is written",
+        "minispeed/chat/trainer.py",
+        "if is_examined or self.clock.is_due(step, options.save_every):",
+        "if self.clock.is_due(step, options.save_every):",
+        "tests/test_survive.py",
+    ),
+    Mutation(
+        "keep the gradients of the pre-flight",
+        "minispeed/chat/preflight.py",
+        "            part.sharded.forget()",
+        "            pass",
+        "tests/test_survive.py",
+    ),
+    Mutation(
+        "let each rank think for itself whether a save went well",
+        "minispeed/chat/saving.py",
+        "return not any_of(self.engine.group, not is_done)",
+        "return is_done",
+        "tests/test_survive.py",
+    ),
+    Mutation(
+        "take any run that lies in --out for one to go on with after a restart",
+        "minispeed/chat/sft.py",
+        "return began == [Path(sys.argv[0]).name, *sys.argv[1:]]",
+        "return True",
+        "tests/test_survive.py",
+    ),
+    Mutation(
+        "let two texts make a special token where they meet",
+        "minispeed/chat/marks.py",
+        "if text[end - n : end] in beginnings",
+        "if False",
+        "tests/test_jinja.py",
+    ),
+    Mutation(
+        "start new tokens from the mean of all rows, the unused too",
+        "minispeed/chat/chat_model.py",
+        "table[:known].mean(0",
+        "table.mean(0",
+        "tests/test_jinja.py",
+    ),
+    Mutation(
+        "export the padding as the stop",
+        "minispeed/chat/export.py",
+        '"eos_token_id": stop if',
+        '"eos_token_id": pad if',
+        "tests/test_export.py",
+    ),
+    Mutation(
+        "let adapters learn at the run's rate",
+        "minispeed/schedules.py",
+        'rate * group.get("lr_factor", 1.0)',
+        "rate",
+        "tests/test_foreign.py",
+    ),
 ]
 
 
