@@ -1,6 +1,7 @@
 """Somebody else's model, fine-tuned: what stays as it was, what is learnt, and what is written beside it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,88 @@ def test_any_layout_reads_it_slice_by_slice_and_learns_the_same(chats, tmp_path)
     assert alone.keys() == cut.keys()
     assert all((alone[name] - cut[name]).abs().max() <= 1e-10 for name in alone)
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["sft"]["lora_rank"] == 2
+
+
+@pytest.fixture(scope="module")
+def tuned(chats, tmp_path_factory):
+    """A run with adapters, of 3 steps."""
+    folder = tmp_path_factory.mktemp("tuned")
+    tune(foreign(folder, TEMPLATES["chatml"]), chats, folder / "run", "--lora-rank", "2", "--lora-dropout", "0.1")
+    return folder
+
+
+def resume(tuned: Path, out: Path, chats: Path, *more: str) -> int:
+    if not out.exists():
+        shutil.copytree(tuned / "run", out)
+    words = [
+        "sft",
+        "--model",
+        str(tuned / "model"),
+        "--data",
+        str(chats),
+        "--out",
+        str(out),
+        "--resume",
+        "--threads",
+        "1",
+    ]
+    return main([*words, "--cache", str(tuned / "cache"), "--batch", "4", "--score", "0", *more])
+
+
+def test_a_resumed_run_keeps_the_adapters_it_began_with(tuned, chats, tmp_path):
+    assert resume(tuned, tmp_path / "plain", chats, "--steps", "5") == 0
+    told = json.loads((tmp_path / "plain" / "run.json").read_text())["sft"]
+    assert told["lora_rank"] == 2 and told["lora_dropout"] == 0.1 and told["steps"] == 5
+    assert resume(tuned, tmp_path / "again", chats, "--steps", "5", "--lora-rank", "2", "--lora-dropout", "0.1") == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--lora-rank", "4"], "--lora-rank is 4, and the run in"),
+        (["--lora-alpha", "9"], "--lora-alpha is 9.0, and the run in"),
+        (["--lora-targets", "mlp.*"], "--lora-targets is ['mlp.*'], and the run in"),
+        (["--template", "ours"], "--template is ours, and the run in"),
+    ],
+)
+def test_other_adapters_or_another_template_are_refused_and_the_run_stays(tuned, chats, tmp_path, more, said, capsys):
+    shutil.copytree(tuned / "run", tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    assert resume(tuned, tmp_path / "run", chats, "--steps", "5", *more) == 2
+    assert said in capsys.readouterr().err and (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_a_run_goes_on_without_its_pointer_and_mends_it(tuned, chats, tmp_path, capsys):
+    shutil.copytree(tuned / "run", tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "last").unlink()
+    assert resume(tuned, tmp_path / "run", chats, "--steps", "3") == 0
+    assert "is missing or empty" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "last").read_text().strip() == "step-00000003"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--lora-lr", "0.1"], "--lora-lr is for adapters, and --lora-rank is 0"),
+        (["--lora-rank", "2", "--lora-lr", "0.1", "--lr", "0"], "the schedule is of --lr, which is 0"),
+        (["--deep", "dwa"], "--deep dwa is for a new model"),
+        (["--tokenizer", "x.json"], "--tokenizer is for a new model"),
+        (["--lora-rank", "2", "--lora-targets", "attn"], "matches no Linear"),
+    ],
+)
+def test_what_does_not_go_together_is_a_sentence(tuned, chats, tmp_path, more, said, capsys):
+    words = [
+        "sft",
+        "--model",
+        str(tuned / "model"),
+        "--data",
+        str(chats),
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        "3",
+    ]
+    assert main([*words, "--cache", str(tuned / "cache"), "--seq", "64", *more]) == 2
+    assert said in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -118,6 +119,16 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(straight, chats,
     assert same(straight, tmp_path / "again")
     assert sft(tmp_path / "other", chats, "--seed", "1") == 0
     assert not same(straight, tmp_path / "other")
+
+
+def test_a_run_that_was_lost_before_its_first_checkpoint_begins_anew(straight, chats, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert sft(tmp_path / "run", chats) == 2 and "already holds a run" in capsys.readouterr().err
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert sft(tmp_path / "run", chats, "--resume") == 2 and "the command without --resume" in capsys.readouterr().err
+    assert sft(tmp_path / "run", chats) == 0
+    assert same(straight, tmp_path / "run") and len(metrics(tmp_path / "run")) == 6
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(straight, chats, tmp_path, monkeypatch, capsys):

@@ -77,7 +77,7 @@ def checkpoint(options: Asked) -> int:
         return 1
     print(f"the newest that is whole: {best}")
     for name, to in names.items():
-        if to in damaged or name in lost:
+        if name != "best" and (to in damaged or name in lost):
             print(f"to go on from it: echo {best.name} > {folder / name}")
     return 1
 

@@ -101,7 +101,9 @@ def masters_in(run: Path, pointer: str, chat: ChatModel) -> dict[str, Tensor]:
     weights = {name: tensor for name, tensor in found.items() if tensor is not None}
     if any(".lora." in name for name in weights):
         lora = lora_of(SimpleNamespace(**RunDirectory(run).effective_options("sft")))
-        assert lora is not None, "a run without adapters holds none"
+        if lora is None:
+            what = f"{stored.directory} holds adapters, and {run / 'run.json'} says nothing of them"
+            raise UserError(what, fix="no --checkpoint: the finished model")
         weights = merged(weights, lora)
     if lacking := [name for name, _ in chat.model.named_parameters() if name not in weights]:
         raise UserError(f"{stored.directory} holds no {lacking[0]}", fix="the run that wrote it")

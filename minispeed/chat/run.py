@@ -41,11 +41,13 @@ class RunDirectory:
             raise UserError(f"{self.path} is a file", fix="another --out")
         held = sorted(path.name for path in self.path.iterdir()) if self.path.exists() else []
         foreign = [name for name in held if name not in ("conversations", "tokenised")]  # what a demo starts with
-        if resume and not (self.path / "checkpoints" / "last").exists():
+        if resume and not has_checkpoints(self.path):
             raise UserError(f"{self.path} holds no checkpoint to go on from", fix="the command without --resume")
-        if "run.json" in held and not resume:
+        if resume:
+            return
+        if has_checkpoints(self.path) or {"run.json", "model.safetensors"} <= set(held):
             raise UserError(f"{self.path} already holds a run", fix="--resume to go on, or another --out")
-        if foreign and not resume:
+        if foreign and "run.json" not in held:  # else it was lost before its first checkpoint, and begins anew
             raise UserError(f"{self.path} holds {foreign[0]}, which is no run's", fix="another --out")
 
     def create(self, *, resume: bool) -> None:
@@ -147,7 +149,17 @@ class RunDirectory:
     def load_checkpoint(self, pointer: str = "last") -> checkpoint.Checkpoint:
         """Open the checkpoint that `last` or `best` names.  Raises UserError if it is damaged, with one that is not"""
         folder = self.path / "checkpoints"
-        return checkpoint.Checkpoint(folder / (folder / pointer).read_text().strip())
+        name = (folder / pointer).read_text(encoding="utf-8", errors="replace").strip() or "nothing"
+        if not checkpoint.is_checkpoint(checkpoint.standing(folder / name)):
+            other = checkpoint.newest_whole(folder)
+            what = f"{folder / pointer} names {name}, which is no checkpoint"
+            raise UserError(what, fix=f"{other} is whole" if other else "another run")
+        return checkpoint.Checkpoint(folder / name)
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether a run has written any checkpoint, whole or not."""
+    return bool(checkpoint.checkpoints_in(run / "checkpoints"))
 
 
 def use_threads(count: int, *, ranks: int = 1) -> int:

@@ -104,8 +104,10 @@ class RunSaver:
 
     def _look(self) -> int:
         """Return the step of the last checkpoint, or, where it is damaged, of the newest whole one; -1 if none is."""
-        last = self.folder / (self.folder / "last").read_text(encoding="utf-8").strip()
-        problems = checkpoint.problems(last)
+        pointer = self.folder / "last"
+        named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.exists() else ""
+        last = self.folder / (named or "nothing")
+        problems = checkpoint.problems(last) if named else [f"{pointer} is missing or empty"]
         if not problems:
             return step_of(last.name)
         self.journal.warn(f"{last} is damaged: {problems[0]}")
@@ -113,6 +115,7 @@ class RunSaver:
         if other is None:
             return -1
         self.journal.warn(f"going on from {other} in place of {last}")
+        checkpoint.write_whole(pointer, lambda path: path.write_text(other.name + "\n"))
         return step_of(other.name)
 
     def _save(self, state: Mapping[str, Any], *, wait: bool) -> None:
@@ -149,7 +152,10 @@ class RunSaver:
         except UserError as error:
             self.journal.warn(f"no {ADAPTER}/ in peft's form is written: {error.what}")
             return
-        base = self.options.model
+        if chat.tokenizer.lacked:
+            self.journal.warn(f"no {ADAPTER}/ in peft's form is written: it would lack the rows of the new tokens")
+            return
+        base = str(Path(self.options.model).resolve()) if Path(self.options.model).is_dir() else self.options.model
 
         def write(folder: Path) -> None:
             save_adapter(folder, found, lora, chat.model.config, base=base)

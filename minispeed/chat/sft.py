@@ -7,7 +7,7 @@ The order of the rows, the model's first weights and the number of steps are all
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,7 @@ from minispeed.chat.defaults import Choice, count_ranks, fill_in
 from minispeed.chat.interrupts import ended_by_sigterm, signals_left_to_ranks
 from minispeed.chat.opening import model_folder, open_model_and_data
 from minispeed.chat.preflight import clear
-from minispeed.chat.run import RunDirectory, use_threads
-from minispeed.chat.saving import CHECKPOINTS
+from minispeed.chat.run import RunDirectory, has_checkpoints, use_threads
 from minispeed.chat.sft_options import SftOptions
 from minispeed.chat.show import report_text
 from minispeed.chat.tracing import Tracer
@@ -29,12 +28,15 @@ from minispeed.collective.world import World, current_world
 from minispeed.errors import UserError
 from minispeed.precision import DTYPES, Precision, choose_precision
 
+BEGUN_WITH = ("model", "template", "train_on", "seq")  # what a run's prepared data and model are made by
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_lr")
+
 
 def sft(options: SftOptions) -> int:
     """Do `minispeed sft`, on as many ranks as asked for or as torchrun has started. Returns the exit code."""
     is_again = is_restart(options)
     if is_again:
-        options = replace(options, resume=(options.out / CHECKPOINTS / "last").exists())
+        options = replace(options, resume=has_checkpoints(options.out))
     check_options(options, is_again=is_again)
     if under_torchrun():
         return launch(run_rank, options, ranks=options.ranks if options.ranks and options.ranks > 1 else None)[0]
@@ -69,10 +71,9 @@ def check_options(options: SftOptions, *, is_again: bool = False) -> None:
     if options.trace and options.steps is not None and options.steps <= options.trace_steps:
         what = f"--trace-steps {options.trace_steps}, from the second on, are not in a run of {options.steps}"
         raise UserError(what, fix=f"--steps {options.trace_steps + 1}")
-    if options.tokenizer is not None and model_folder(options) is not None:
-        raise UserError(f"--tokenizer is for a new model, and {options.model} has its own", fix="no --tokenizer")
-    if options.deep != "none" and Path(options.model).is_dir():
-        raise UserError(f"--deep {options.deep} is for a new model, and {options.model} is one", fix="no --deep")
+    if model_folder(options) is not None:
+        check_old_model(options)
+    check_adapters(options)
     if options.sequence_parallel and options.tp == 1:
         raise UserError("--sequence-parallel cuts among the ranks of --tp, which is 1", fix="--tp 2")
     if options.pipeline_schedule != "1f1b" and options.pp == 1:
@@ -81,6 +82,26 @@ def check_options(options: SftOptions, *, is_again: bool = False) -> None:
     if not options.dry_run and not is_again:
         clear(options.out)
         RunDirectory(options.out).check(resume=options.resume)
+
+
+def check_old_model(options: SftOptions) -> None:
+    """Raise UserError for what only a new model can be told."""
+    if options.tokenizer is not None:
+        raise UserError(f"--tokenizer is for a new model, and {options.model} has its own", fix="no --tokenizer")
+    if options.deep != "none":
+        raise UserError(f"--deep {options.deep} is for a new model, and {options.model} is one", fix="no --deep")
+
+
+def check_adapters(options: SftOptions) -> None:
+    """Raise UserError for what is told of adapters that are not there, or cannot be."""
+    told = {"alpha": options.lora_alpha, "dropout": options.lora_dropout, "targets": options.lora_targets}
+    told["lr"] = options.lora_lr
+    for name, value in told.items():
+        if value and not options.lora_rank and not options.resume:
+            raise UserError(f"--lora-{name} is for adapters, and --lora-rank is 0", fix="--lora-rank 8")
+    if options.lora_lr is not None and options.lr == 0:
+        what = "the schedule is of --lr, which is 0, and --lora-lr is what adapters learn at beside it"
+        raise UserError(what, fix=f"--lr {options.lora_lr:g}")
 
 
 def run_rank(world: World, options: SftOptions) -> int:
@@ -138,9 +159,24 @@ def agree_on_precision(name: str, group: Group) -> Precision:
 
 
 def recall(options: SftOptions) -> SftOptions:
-    """Fill what was left open with what the run to be resumed had chosen."""
+    """Fill what was left open with what the run to be resumed had chosen, its adapters too.
+
+    Raises  UserError if the run was begun with another model, or other adapters
+    """
     stored = RunDirectory(options.out).effective_options("sft")
+    defaults = {field.name: field.default for field in fields(SftOptions)}
+    defaults |= {field.name: [] for field in fields(SftOptions) if field.default is MISSING}
+    for name in (*BEGUN_WITH, *ADAPTERS):
+        given, began = getattr(options, name), stored.get(name, defaults[name])
+        if given != began and (name == "model" or given != defaults[name]):
+            flag, out = f"--{name.replace('_', '-')}", options.out
+            raise UserError(f"{flag} is {given}, and the run in {out} began with {began}", fix=f"{flag} {began}")
+    steps = stored.get("steps")
     open_ones = {name: value for name, value in stored.items() if getattr(options, name) in (None, "auto")}
-    if options.steps is not None or stored.get("steps") is not None:
+    untold = [name for name in ADAPTERS if name in stored and getattr(options, name) == defaults[name]]
+    open_ones |= {name: stored[name] for name in untold}
+    if options.epochs is not None and options.steps in (None, steps):
+        open_ones |= {"steps": None, "minutes": None}
+    elif options.steps is not None or steps is not None:
         open_ones |= {"epochs": None, "minutes": None}
     return replace(options, **open_ones)

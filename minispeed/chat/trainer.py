@@ -32,6 +32,7 @@ from minispeed.engine import Report
 from minispeed.errors import UserError
 from minispeed.runner import MicroBatch
 from minispeed.scaler import LossScaler
+from minispeed.snapshot import given_by
 
 
 class Trainer:
@@ -232,6 +233,11 @@ class Trainer:
         """Go on from the last checkpoint that is whole."""
         stored = self.saver.newest_good()
         state = stored.state
+        known, held = set(self.engine.names), given_by(stored)
+        for name in sorted(held ^ known):
+            which = "holds" if name in held else "lacks"
+            what = f"{stored.directory} {which} {name}, unlike the model of this run"
+            raise UserError(what, fix="the options that the run began with")
         self.engine.load(stored, step=state["step"], num_updates=state["num_updates"])
         self.engine.scaler = LossScaler(**state["scaler"])
         where = dict(state["progress"])
