@@ -143,9 +143,9 @@ def test_a_gigantic_line_is_passed_over(tmp_path, monkeypatch):
         (b'{"a": 1, "b": 2}', "its first record has the keys 'a', 'b'"),
         (b"17", "its first record is a number"),
         (b'{"text": ""}', "x.jsonl:1: turn 1 (text) is empty"),
-        (gzip.compress(b'{"text": "a"}' * 100)[:-9], "is not a whole gzip file"),
+        (gzip.compress(b'{"text": "a"}' * 100, mtime=0)[:-9], "is not a whole gzip file"),
         (b"\x1f\x8bnonsense", "is not a whole gzip file"),
-        (gzip.compress(b'{"text": "a"}')[:10] + b"\xff" * 30, "is not a whole gzip file"),
+        (gzip.compress(b'{"text": "a"}', mtime=0)[:10] + b"\xff" * 30, "is not a whole gzip file"),
     ],
 )
 @pytest.mark.parametrize("skip_bad", [False, True])
