@@ -13,8 +13,9 @@ from minispeed.collective.group import Group
 from minispeed.collective.threads import run_threads
 from minispeed.errors import UserError
 from minispeed.model.cache import Cache
-from minispeed.model.chunk import Chunk, layer_costs, layer_flops
+from minispeed.model.chunk import Chunk, layer_costs
 from minispeed.model.config import GPTConfig
+from minispeed.model.flops import layer_flops
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import PRESETS, preset
 from minispeed.model.recompute import recompute

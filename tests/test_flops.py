@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from minispeed.flops import attention_flops, linear_flops, megatron, palm, six_p, step_flops
 from minispeed.model.config import GPTConfig
+from minispeed.model.flops import attention_flops, linear_flops, megatron, palm, six_p, step_flops
 from minispeed.model.gpt import GPT
 from minispeed.model.loss import IGNORED
 from minispeed.model.presets import preset

@@ -144,24 +144,6 @@ def layer_costs(model: GPT) -> list[int]:
     return [*sizes[:-1], sizes[-1] + sum(p.numel() for p in model.head.parameters())]
 
 
-def layer_flops(config: GPTConfig, num_tokens: int, *, causal: bool = True) -> list[int]:
-    """Return the floating-point operations of the matrix products of each of the L + 2 layers, forward, for one row.
-
-    A product of (T, m) with (m, n) takes a multiplication and an addition for each weight and token, 2 T m n. A query
-    and a key that meet take 2 H K for their score and 2 H K for the value weighted by it; they are T T pairs, or
-    T (T + 1) / 2 of them where later keys are left out. The embedding looks up, and multiplies nothing; norms, and the
-    sums of deep connections, do for each feature a handful of operations, which are not counted.
-
-    num_tokens  T, of one document; the backward takes twice as many operations in every layer
-    """
-    T, D, heads_dim = num_tokens, config.model_dim, config.num_heads * config.head_dim
-    projections = D * (2 * heads_dim + 2 * config.num_kv_heads * config.head_dim)
-    mlp = (3 if config.mlp == "swiglu" else 2) * D * config.hidden_dim
-    pairs = T * (T + 1) // 2 if causal else T * T
-    block = 2 * T * (projections + mlp) + 4 * pairs * heads_dim
-    return [0, *[block] * config.num_layers, 2 * T * D * config.vocab_size]
-
-
 def _place(root: nn.Module, name: str, module: nn.Module) -> None:
     """Set a module under a dotted name, the numbers in which are places in lists."""
     *homes, last = name.split(".")

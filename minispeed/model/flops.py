@@ -64,6 +64,17 @@ def step_flops(
     return StepFlops(forward, 2 * forward, again + head)
 
 
+def layer_flops(config: GPTConfig, tokens: int, *, causal: bool = True) -> list[int]:
+    """Return the FLOPs of the forward of each of the L + 2 layers that a pipeline cuts between, for one row.
+
+    The embedding looks up and multiplies nothing; the head belongs to the last norm. Of pairs of a query and a key
+    there are T T, or, where `causal` leaves later keys out, T (T + 1) / 2.
+    """
+    pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
+    block = tokens * linear_flops(config) + pairs * attention_flops(config, 1)
+    return [0, *[block] * config.num_layers, 2 * tokens * config.model_dim * config.vocab_size]
+
+
 def linear_flops(config: GPTConfig) -> int:
     """Return the FLOPs of a block's forward for a token, attention's own left out."""
     D, K = config.model_dim, config.head_dim
