@@ -8,10 +8,11 @@ from hypothesis import given, strategies as st
 
 from minispeed.errors import UserError
 from minispeed.model.config import GPTConfig
-from minispeed.model.gpt import GPT, rotary_frequencies
+from minispeed.model.gpt import GPT
 from minispeed.model.init import draw
 from minispeed.model.loss import IGNORED, token_losses
 from minispeed.model.presets import PRESETS, preset
+from minispeed.model.rotary import rotary_frequencies
 from minispeed.testing.models import small_configs
 
 

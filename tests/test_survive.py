@@ -487,10 +487,11 @@ def test_checkpoints_that_are_kept_and_those_written_in_the_background(straight,
 
 # ---- kill -9
 
+# whom to kill is looked up there: torchrun tells nobody which processes its ranks are
+on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="/proc, where ranks are found, is Linux's")
 
-@pytest.mark.skipif(
-    not Path("/proc/self/stat").exists(), reason="finds the ranks to kill in /proc, which Linux alone has"
-)
+
+@on_linux
 def test_kill_9_of_one_rank_and_of_all_leaves_the_run_as_it_was(chats, tmp_path):
     said = ["--steps", "12", "--micro-batch", "1", "--lr", "1e-3", "--dtype", "fp64", "--eval-every", "10"]
     assert sft(tmp_path / "calm", chats, *said) == 0
@@ -509,9 +510,7 @@ def test_kill_9_of_one_rank_and_of_all_leaves_the_run_as_it_was(chats, tmp_path)
     survive.compare(run, calm, exact=False)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/stat").exists(), reason="finds the ranks to kill in /proc, which Linux alone has"
-)
+@on_linux
 def test_torchrun_hands_sigterm_on_to_its_ranks(chats, tmp_path):
     run = survive.Run(chats, tmp_path / "run", "fp32", "dp 2", steps=5000)
     try:

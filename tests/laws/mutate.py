@@ -516,7 +516,7 @@ MUTATIONS = [
     ),
     Mutation(
         "scale all of llama3's rotary pairs alike",
-        "minispeed/model/gpt.py",
+        "minispeed/model/rotary.py",
         "kept = ((turns - config.rope_low)",
         "kept = ((turns - 0 * config.rope_low)",
         "tests/test_gpt.py",
