@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import report, table
 
 import minispeed
+from minispeed.axes import Layout
 from minispeed.collective.group import Group, SoloGroup
 from minispeed.collective.numbers import barrier
 from minispeed.collective.world import World
@@ -40,7 +41,6 @@ from minispeed.model.chunk import Chunk, layer_costs
 from minispeed.model.config import GPTConfig
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
-from minispeed.parts import Layout
 from minispeed.pipeline.clock import gather
 from minispeed.pipeline.execute import execute
 from minispeed.pipeline.partition import partition

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from report import report, table
 
 import minispeed
+from minispeed.axes import Layout
 from minispeed.collective.group import Group, SoloGroup
 from minispeed.collective.numbers import barrier
 from minispeed.collective.world import World
@@ -37,7 +38,6 @@ from minispeed.engine import Engine, MicroBatch
 from minispeed.model.config import GPTConfig
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
-from minispeed.parts import Layout
 from minispeed.precision import Precision
 
 LR, BETAS = 1e-4, (0.9, 0.95)

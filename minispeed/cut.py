@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from minispeed.axes import Layout
 from minispeed.collective.group import Group
 from minispeed.collective.numbers import everyones
 from minispeed.errors import UserError
 from minispeed.model.chunk import Chunk, layer_costs
 from minispeed.model.gpt import GPT
-from minispeed.parts import Layout, Lines, Logical
+from minispeed.parts import Lines, Logical
 from minispeed.pipeline.partition import partition
 from minispeed.placement import WHOLE, Shard, Slice, counts
 from minispeed.sequence.cut import SequenceCut, cut_sequence

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minispeed.axes import Layout
 from minispeed.checkpoint import Piece
 from minispeed.clip import clip_factor, norm_of, too_small
 from minispeed.collective.agree import agree
@@ -28,7 +29,7 @@ from minispeed.cut import Chain, cut_model
 from minispeed.errors import UserError
 from minispeed.model.generate import Reader
 from minispeed.optim import AdamW, check_elementwise, decay_groups, needs_closure
-from minispeed.parts import Layout, Lines, Part
+from minispeed.parts import Lines, Part
 from minispeed.precision import Precision
 from minispeed.reader import reading
 from minispeed.runner import MicroBatch, Observe, Runner, check_alike, ignore
@@ -40,6 +41,7 @@ from minispeed.tensor.plan import Plan
 from minispeed.ties import Ties
 from minispeed.zero.absent import owner_of
 from minispeed.zero.sharded import Offload, ShardedModel
+from minispeed.zero.summing import Compression, InFull
 from minispeed.zero.unit import ShardedUnit
 
 
@@ -93,6 +95,7 @@ class Engine:
         offload: Offload = Offload(),
         divisor: float = 1.0,
         predivide: float = 1.0,
+        compression: Compression = InFull(),
         layout: Layout = Layout(),
         plan: Plan | None = None,
         chain: Chain | None = None,
@@ -113,6 +116,7 @@ class Engine:
                       is rank 0's. With a model that was built `hollow_on` a device, nothing is whole on any rank
         divisor       what the summed gradient is divided by at the step, for losses that are means of their own
         predivide     how much of that is divided out before gradients are summed over ranks
+        compression   how they travel: `InFull`, or as `OneBit`s
         units, bucket, overlap, prefetch, persistence, offload   see `ShardedModel`
         Holds         see `minispeed.zero.table`
         Raises        UserError if the ranks built different models, nothing is trainable, or fp16 has no scaler
@@ -138,7 +142,7 @@ class Engine:
             "clip": clip,
         }
         settings |= {"bucket": bucket, "prefetch": prefetch, "persistence": persistence, "offload": offload}
-        settings["layout"] = layout
+        settings |= {"layout": layout, "compression": compression}
         agree(self.group, settings | {f"parameter {name}": _describe(p) for name, p in model.named_parameters()})
         given = set() if source is None else given_by(source)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -163,6 +167,7 @@ class Engine:
             persistence=persistence,
             offload=offload,
             predivide=predivide,
+            compression=compression,
         )
         self.ties = Ties(self.parts, cut.holders, self.lines.pp)
         self.runner = Runner(self.parts, layout, self.lines, cut.sequence, self.device)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minispeed.axes import Layout
 from minispeed.model.cache import Cache
 from minispeed.model.chunk import Chunk
 from minispeed.model.config import GPTConfig
 from minispeed.model.generate import Reader
 from minispeed.model.gpt import GPT
-from minispeed.parts import Layout, Lines, Part
+from minispeed.parts import Lines, Part
 from minispeed.pipeline.actions import Program
 from minispeed.pipeline.bundle import Bundle
 from minispeed.pipeline.execute import execute

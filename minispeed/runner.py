@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minispeed.axes import Layout
 from minispeed.collective.numbers import everyones
 from minispeed.errors import UserError
 from minispeed.model.dropout import drops_out
 from minispeed.model.loss import IGNORED
-from minispeed.parts import Layout, Lines, Part
+from minispeed.parts import Lines, Part
 from minispeed.pipeline.actions import Program
 from minispeed.pipeline.bundle import Bundle
 from minispeed.pipeline.execute import execute

@@ -17,6 +17,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 from minispeed import checkpoint
+from minispeed.axes import Layout
 from minispeed.chat import checkpoints as checkpoints_command
 from minispeed.chat.run import RunDirectory
 from minispeed.checkpoint import Checkpoint, Piece, Saver, listed, newest_whole, problems, tensors, write
@@ -29,7 +30,6 @@ from minispeed.layout import FlatLayout, Interval
 from minispeed.model.config import GPTConfig
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
-from minispeed.parts import Layout
 from minispeed.precision import Precision
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64])

@@ -15,7 +15,8 @@ from minispeed.engine import Engine, MicroBatch
 from minispeed.errors import UserError
 from minispeed.model.cache import Cache
 from minispeed.model.config import GPTConfig
-from minispeed.model.deep import TOKENS, Connections, Cover, Entry, Outputs, crossing, learned_entries, minimum_cover
+from minispeed.model.connections import TOKENS, Connections, Cover, Entry, crossing, learned_entries, minimum_cover
+from minispeed.model.deep import Outputs
 from minispeed.model.generate import generate
 from minispeed.model.gpt import GPT
 from minispeed.model.loss import IGNORED

@@ -16,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from minispeed.__main__ import main
+from minispeed.axes import Layout
 from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.evaluate import micro_batches
 from minispeed.chat.pack import Batch
@@ -41,7 +42,6 @@ from minispeed.model.gpt import GPT
 from minispeed.model.init import seed_of
 from minispeed.model.mask import Mask
 from minispeed.model.recompute import recompute
-from minispeed.parts import Layout
 from minispeed.precision import Precision
 from minispeed.runner import MicroBatch
 from minispeed.sequence.cut import cut_sequence

@@ -14,6 +14,7 @@ from test_deepspeed_engine import fill, made, on_ranks, rows
 from torch import nn
 
 from minispeed import checkpoint
+from minispeed.axes import Layout
 from minispeed.checkpoint import INDEX
 from minispeed.collective.threads import run_threads
 from minispeed.deepspeed import fragments
@@ -28,7 +29,6 @@ from minispeed.engine import Engine
 from minispeed.errors import UserError
 from minispeed.model.config import GPTConfig
 from minispeed.model.gpt import GPT
-from minispeed.parts import Layout
 from minispeed.precision import Precision
 
 ROOT = Path(__file__).parents[1]

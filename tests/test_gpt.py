@@ -141,7 +141,7 @@ def test_published_shapes_have_the_published_number_of_parameters():
         ({"head_dim": 7}, "head_dim is 7"),
         ({"norm": "batchnorm"}, "norm is 'batchnorm', not one of rmsnorm, layernorm"),
         ({"num_layers": 0}, "num_layers counts at least 1, got 0"),
-        ({"attention": "flash"}, "no attention is called 'flash'"),
+        ({"attention": "flash"}, "attention is 'flash', not one of reference, tiled, fused"),
         ({"rope_factor": 2.0}, "rope_factor 2.0 with rope_scaling 'none'"),
         ({"rope_scaling": "linear", "rope_factor": 0.5}, "rope_factor 0.5"),
         ({"rope_low": 4.0}, "rope_low is 4.0, and rope_high 4.0"),

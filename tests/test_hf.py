@@ -23,6 +23,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
+from minispeed.axes import Layout
 from minispeed.checkpoint import Checkpoint, save as save_checkpoint
 from minispeed.collective.threads import run_threads
 from minispeed.engine import Engine
@@ -35,7 +36,6 @@ from minispeed.model.hf.config import family_for, from_json, to_json
 from minispeed.model.hf.families import FAMILIES
 from minispeed.model.hf.weights import shapes_of
 from minispeed.model.presets import PRESETS, preset
-from minispeed.parts import Layout
 from minispeed.placement import WHOLE, Shard, Slice
 from minispeed.precision import Precision
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from minispeed.axes import Layout
 from minispeed.census import Census
 from minispeed.collective.threads import run_threads
 from minispeed.collective.trace import Trace, Traced
 from minispeed.engine import Engine, MicroBatch
-from minispeed.ledger import held, paper_bytes, sent, shard_size
+from minispeed.ledger import Widths, held, paper_bytes, sent, shard_size
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
 from minispeed.model.recompute import recompute
-from minispeed.parts import Layout
 from minispeed.precision import Precision
 from minispeed.schedules import constant
 from minispeed.testing.measure import measure_held
@@ -70,7 +70,7 @@ def test_a_rank_holds_and_sends_what_the_closed_forms_say(ranks, stage, precisio
 
     (_, sizes, dtypes), *_ = results = run_threads(train, ranks)
     for rank, (found, *_) in enumerate(results):
-        expected = held(sizes, ranks=ranks, stage=stage, dtypes=dtypes)
+        expected = held(sizes, ranks=ranks, stage=stage, widths=Widths.of(dtypes))
         no_moments = 2 * padding(sizes, ranks, rank) * dtypes.master.itemsize if stage else 0
         assert found == replace(expected, optimizer=expected.optimizer - no_moments)
     elements = sum(event.sent for event in trace.events if event.bytes > SCALARS) / dtypes.reduce.itemsize
@@ -169,7 +169,7 @@ def test_closed_forms_and_paper_agree_where_nothing_is_padded(stage, gradient):
         return make(group, stage, precision).sharded.dtypes
 
     dtypes = run_threads(dtypes_of, 2)[0]
-    exact = held([800, 1600], ranks=8, stage=stage, dtypes=dtypes)
+    exact = held([800, 1600], ranks=8, stage=stage, widths=Widths.of(dtypes))
     assert exact.total == paper_bytes(2400, ranks=8, stage=stage, gradient_bytes=gradient.itemsize)
 
 

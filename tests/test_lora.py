@@ -13,11 +13,12 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minispeed.axes import Layout
 from minispeed.collective.threads import run_threads
 from minispeed.collective.trace import Trace, Traced
 from minispeed.engine import Engine, MicroBatch
 from minispeed.errors import UserError
-from minispeed.ledger import held, shard_size
+from minispeed.ledger import Widths, held, shard_size
 from minispeed.model import hf
 from minispeed.model.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from minispeed.model.dropout import PARTS, cells_of
@@ -27,7 +28,6 @@ from minispeed.model.lora import LoRA, LoRALinear, adapter_names, add_lora, lora
 from minispeed.model.merge import merge, merged, put_adapters
 from minispeed.model.presets import preset
 from minispeed.optim import SGD
-from minispeed.parts import Layout
 from minispeed.placement import Replicated, cut
 from minispeed.precision import Precision
 from minispeed.tensor.parallel import tensor_parallel
@@ -336,7 +336,7 @@ def test_a_rank_holds_of_what_is_frozen_its_parameters_alone(ranks, stage, compu
         return found, sum(tensor.nbytes for tensor in kept + states), sizes, engine.sharded.dtypes
 
     for rank, (found, optimizer, sizes, dtypes) in enumerate(run_threads(run, ranks)):
-        expected = held(sizes[True], ranks=ranks, stage=stage, dtypes=dtypes, frozen=sizes[False])
+        expected = held(sizes[True], ranks=ranks, stage=stage, widths=Widths.of(dtypes), frozen=sizes[False])
         assert (sum(sizes[False]) > 0) == (train == "lora")
         shards = [(size, shard_size(size, ranks)) for size in sizes[True]]
         padding = sum(S - max(0, min(S, size - rank * S)) for size, S in shards) if stage else 0

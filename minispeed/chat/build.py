@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from minispeed.axes import Layout
 from minispeed.chat.chat_model import ChatModel
 from minispeed.chat.documents import Documents
 from minispeed.chat.opening import lora_of
@@ -22,7 +23,6 @@ from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
 from minispeed.model.lora import lora_groups
 from minispeed.model.recompute import recompute
-from minispeed.parts import Layout
 from minispeed.precision import Precision, choose_precision
 from minispeed.scaler import LossScaler
 from minispeed.schedules import Schedule, warmup_then

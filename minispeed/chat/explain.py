@@ -9,12 +9,12 @@ Letters: N ranks.
 
 import json
 import re
-from typing import Any
 
 from minispeed.chat.commands import ExplainOptions
 from minispeed.config import Config, read_config, values_of
 from minispeed.config.page import page
 from minispeed.errors import UserError
+from minispeed.ledger import Widths, held, sent
 
 SIZES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
@@ -55,14 +55,12 @@ def value_lines(config: Config) -> list[str]:
 
 def cost_lines(config: Config, ranks: int, parameters: int | None) -> list[str]:
     """Return what a rank holds, by category: bytes per parameter, and bytes in all where their number is known."""
-    from minispeed.ledger import held  # torch comes with it, and takes its time
-
     moments, of = moments_of(config)
     states_away = config.zero.offload_optimizer.device == "cpu"
-    dtypes = dtypes_of(config)
-    moments += states_away and dtypes.compute == dtypes.master  # masters are then no longer the parameters themselves
+    widths = widths_of(config)
+    moments += states_away and widths.compute == widths.master  # masters are then no longer the parameters themselves
     count = parameters or ranks
-    cost = held([count], ranks=ranks, stage=config.zero.stage, dtypes=dtypes, moments=moments)
+    cost = held([count], ranks=ranks, stage=config.zero.stage, widths=widths, moments=moments)
     places = {
         "parameters": (cost.parameters, config.zero.offload_param.device == "cpu"),
         "gradients": (cost.gradients, False),
@@ -77,8 +75,6 @@ def cost_lines(config: Config, ranks: int, parameters: int | None) -> list[str]:
 
 def message_lines(config: Config, ranks: int, pp: int) -> list[str]:
     """Return what a rank sends to those that hold other shards, in a step; and why it is more than two times all."""
-    from minispeed.ledger import sent
-
     micros, stage = config.batch.accumulation, config.zero.stage
     of = f"the parameters of its stage, 1/{pp} of the model's" if pp > 1 else "the parameters"
     if ranks == 1:
@@ -103,18 +99,7 @@ def moments_of(config: Config) -> tuple[int, str]:
     return 2, f"for {config.optimizer.type}" + ", as if it held two moments" * of_torch
 
 
-def dtypes_of(config: Config) -> Any:
-    """Return what the engine keeps and sends in, as `minispeed.zero.unit.Dtypes`."""
-    import torch
-
-    from minispeed.precision import DTYPES
-    from minispeed.zero.unit import Dtypes
-
-    compute, accumulate = DTYPES[config.dtype], DTYPES[config.data_types.grad_accum_dtype]
-    return Dtypes(
-        compute=compute,
-        master=torch.promote_types(compute, torch.float32),
-        collect=compute if config.zero.stage >= 2 else accumulate,
-        reduce=DTYPES[config.communication_data_type],
-        gradient=accumulate,
-    )
+def widths_of(config: Config) -> Widths:
+    """Return the bytes of what the engine keeps and sends."""
+    accumulate, reduce = config.data_types.grad_accum_dtype, config.communication_data_type
+    return Widths.named(config.dtype, zero=config.zero.stage, accumulate=accumulate, reduce=reduce)

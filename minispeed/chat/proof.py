@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minispeed.axes import Layout
 from minispeed.census import storage_bytes
 from minispeed.chat.evaluate import micro_batches
 from minispeed.chat.pack import Batch, Packing
@@ -31,7 +32,6 @@ from minispeed.errors import UserError
 from minispeed.figures import draw_timelines
 from minispeed.model.config import GPTConfig
 from minispeed.model.gpt import GPT
-from minispeed.parts import Layout
 from minispeed.pipeline.timeline import Timeline
 from minispeed.precision import Precision
 from minispeed.spans import Row, Run, row_of

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from minispeed.axes import Layout
 from minispeed.collective.numbers import any_of, sums_of
 from minispeed.collective.trace import Trace
 from minispeed.collective.world import World
@@ -34,7 +35,6 @@ from minispeed.deepspeed.pipe_batches import MicroBatch, read_batches
 from minispeed.deepspeed.pipe_layers import PipelineError
 from minispeed.engine import Engine
 from minispeed.errors import UserError
-from minispeed.parts import Layout
 from minispeed.pipeline.actions import Program
 from minispeed.pipeline.bundle import Bundle
 from minispeed.pipeline.execute import execute

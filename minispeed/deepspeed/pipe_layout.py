@@ -2,13 +2,13 @@
 
 from torch import nn
 
+from minispeed.axes import Layout
 from minispeed.collective.group import Group
 from minispeed.config import Config
 from minispeed.deepspeed.mpu import Cut
 from minispeed.deepspeed.pipe import PipelineModule
 from minispeed.deepspeed.sharing import Sharing
 from minispeed.errors import UserError
-from minispeed.parts import Layout
 
 
 def num_pipelines(model: nn.Module, ranks: int) -> int:

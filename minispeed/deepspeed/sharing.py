@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minispeed.axes import Layout
 from minispeed.collective.group import Group
 from minispeed.config import Config, DeepSpeedConfigError
 from minispeed.config.load import load
@@ -27,7 +28,6 @@ from minispeed.deepspeed.mpu import Cut, join
 from minispeed.engine import Engine
 from minispeed.errors import UserError
 from minispeed.mesh import line_of
-from minispeed.parts import Layout
 from minispeed.precision import DTYPES
 from minispeed.tensor.plan import Plan
 from minispeed.zero.absent import owner_of

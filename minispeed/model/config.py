@@ -1,14 +1,14 @@
 """Say what a GPT is made of: its sizes, and which part of each kind its family has.
 
-GPT-2, Llama and Qwen are each a choice of these fields, which JSON can hold.
+GPT-2, Llama and Qwen are each a choice of these fields, which JSON can hold. Nothing heavy is imported: who plans a run
+needs no torch.
 """
 
 from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Any, Literal
 
 from minispeed.errors import UserError, nearest
-from minispeed.model.attention import implementation
-from minispeed.model.deep import MASKS, Connections, learned_entries
+from minispeed.model.connections import MASKS, Connections, learned_entries
 
 CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
@@ -16,6 +16,7 @@ CHOICES = {
     "mlp": ("swiglu", "gelu"),
     "rope_scaling": ("none", "linear", "llama3"),
     "deep": MASKS,
+    "attention": ("reference", "tiled", "fused"),
 }
 
 
@@ -97,7 +98,6 @@ class GPTConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}", fix=known[0])
-        implementation(self.attention)
         self._check_rope()
         self._check_dropout()
         self._check_deep()

@@ -28,7 +28,8 @@ from minispeed.errors import UserError
 from minispeed.model.attention import implementation
 from minispeed.model.cache import Cache
 from minispeed.model.config import GPTConfig
-from minispeed.model.deep import TOKENS, Deep, Outputs
+from minispeed.model.connections import TOKENS
+from minispeed.model.deep import Deep, Outputs
 from minispeed.model.dropout import ATTENTION, EMBEDDING, MLP, Dropout, Dropping, number_of
 from minispeed.model.init import hollow, initialise
 from minispeed.model.loss import token_losses

@@ -28,7 +28,7 @@ RING, BLOCK, CUT_ROWS = (f"minispeed/sequence/{name}.py" for name in ("ring", "b
 PIPELINE = ("execute", "clock", "deferred", "messages", "partition")
 EXECUTE, CLOCK, DEFERRED, MESSAGES, PARTITION = (f"minispeed/pipeline/{name}.py" for name in PIPELINE)
 CUT, TIES, RUNNER = (f"minispeed/{name}.py" for name in ("cut", "ties", "runner"))
-LAYERS, DEEP, CHUNK = "minispeed/tensor/layers.py", "minispeed/model/deep.py", "minispeed/model/chunk.py"
+LAYERS, DEEP, CHUNK = "minispeed/tensor/layers.py", "minispeed/model/connections.py", "minispeed/model/chunk.py"
 PIPE, INITIALIZE, PARALLEL = (
     "minispeed/deepspeed/pipe.py",
     "minispeed/deepspeed/initialize.py",
@@ -418,7 +418,7 @@ MUTATIONS = [
     ),
     Mutation(
         "send more than the smallest bundle",
-        DEEP,
+        "minispeed/model/deep.py",
         "others = {j: x for j, x in self.raw.items() if j not in columns}",
         "others = self.raw",
         "tests/test_deep.py",
@@ -474,7 +474,7 @@ MUTATIONS = [
     ),
     Mutation(
         "leave frozen parameters out of what a rank holds",
-        "minispeed/ledger.py",
+        "minispeed/ledger/states.py",
         "whole + whole_frozen",
         "whole",
         "tests/test_lora.py",

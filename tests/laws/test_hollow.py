@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from test_layouts import Case, cases
 
+from minispeed.axes import Layout
 from minispeed.census import Census, storage_bytes
 from minispeed.collective.group import Group
 from minispeed.collective.threads import run_threads
@@ -15,7 +16,6 @@ from minispeed.model.config import GPTConfig
 from minispeed.model.gpt import GPT
 from minispeed.model.init import first_value
 from minispeed.model.presets import preset
-from minispeed.parts import Layout
 from minispeed.placement import WHOLE, Slice
 from minispeed.precision import Precision
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from minispeed.axes import Layout
 from minispeed.checkpoint import Checkpoint, save
 from minispeed.collective.group import Group
 from minispeed.collective.threads import run_threads
@@ -32,7 +33,6 @@ from minispeed.model.loss import IGNORED
 from minispeed.model.presets import preset
 from minispeed.model.recompute import recompute
 from minispeed.optim import SGD, AdamW, decay_groups
-from minispeed.parts import Layout
 from minispeed.pipeline.partition import partition
 from minispeed.precision import Precision
 from minispeed.scaler import LossScaler

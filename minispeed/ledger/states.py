@@ -13,11 +13,43 @@ Letters: N ranks, P parameters, S elements of a unit's shard, g micro-batches of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from minispeed.zero.unit import Dtypes
+from dataclasses import dataclass, fields
+from typing import Any
 
 ADAM_MOMENTS = 2
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}  # of an element
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Bytes of an element; for what, see `minispeed.zero.gradients.Dtypes`."""
+
+    compute: int
+    master: int
+    collect: int
+    reduce: int
+    gradient: int
+
+    @classmethod
+    def of(cls, dtypes: Any) -> "Widths":
+        """Return those of `Dtypes`."""
+        return cls(**{field.name: getattr(dtypes, field.name).itemsize for field in fields(cls)})
+
+    @classmethod
+    def named(cls, compute: str, *, zero: int, accumulate: str | None = None, reduce: str | None = None) -> "Widths":
+        """Return those of a run in a dtype, as the engine chooses them.
+
+        accumulate, reduce  as `minispeed.precision.Precision`; None: the masters' dtype, and the compute dtype
+        """
+        master = max(BYTES[compute], BYTES["fp32"])
+        gradient = BYTES[accumulate] if accumulate else master
+        return cls(
+            compute=BYTES[compute],
+            master=master,
+            collect=BYTES[compute] if zero >= 2 else gradient,
+            reduce=BYTES[reduce or compute],
+            gradient=gradient,
+        )
 
 
 @dataclass(frozen=True)
@@ -39,7 +71,7 @@ def held(
     *,
     ranks: int,
     stage: int,
-    dtypes: Dtypes,
+    widths: Widths,
     moments: int = ADAM_MOMENTS,
     frozen: Sequence[int] = (),
 ) -> Held:
@@ -51,12 +83,12 @@ def held(
     ZeRO, section 3.1 for the categories, 5.1 to 5.3 for the stages. LoRA, Hu et al. 2021, section 4.2.
     """
     (whole, mine), (whole_frozen, mine_frozen) = (_padded(part, ranks, stage) for part in (units, frozen))
-    has_masters = dtypes.master != dtypes.compute
+    has_masters = widths.master != widths.compute
     parameters = mine + mine_frozen if stage == 3 else whole + whole_frozen
     return Held(
-        parameters=parameters * dtypes.compute.itemsize,
-        gradients=whole * dtypes.collect.itemsize if stage == 1 else mine * dtypes.gradient.itemsize,
-        optimizer=mine * (has_masters + moments) * dtypes.master.itemsize,
+        parameters=parameters * widths.compute,
+        gradients=whole * widths.collect if stage == 1 else mine * widths.gradient,
+        optimizer=mine * (has_masters + moments) * widths.master,
     )
 
 
