@@ -4,10 +4,12 @@
 
 One process, fp32 tensors of equal size. All write the same state to the same disk and sync it: torch.save does not by
 itself, so the file is synced after it; the other two do. Ours also hashes every byte, and compares every block with its
-CRC when it reads. All read into new memory, from files that the system still holds in memory; what was read must equal
-what was written. Contestants take turns, in an order that turns by one each time; figures are medians of the ratio to
-the fastest other in the same turn. A save in the background is timed until the training may go on, which is the stall;
-what it then takes in all is until `wait` has returned.
+CRC when it reads. All read files that the system still holds in memory, and what was read must equal what was written:
+"load" is into the tensors of a run that stands already, as going on with it does, where torch.load needs a copy more;
+"load anew" is into new memory, and no further. torch.load with mmap=True reads no file before it copies, and nobody's
+ratio is to it. Contestants take turns, in an order that turns by one each time; figures are medians of the ratio to the
+fastest other in the same turn. A save in the background is timed until the training may go on, which is the stall; what
+it then takes in all is until `wait` has returned.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -37,10 +40,11 @@ State: TypeAlias = dict[str, Tensor]
 
 
 class Contestant(NamedTuple):
-    """Two ways: of writing a state into an empty folder, and of reading it into new memory."""
+    """How to write a state into an empty folder, to read it into tensors that stand, and into new memory."""
 
     write: Callable[[State, Path], object]
-    read: Callable[[State, Path], State]
+    load: Callable[[State, Path], object]
+    anew: Callable[[State, Path], State]
 
 
 def pieces_of(state: State) -> list[Piece]:
@@ -52,9 +56,14 @@ def write_ours(state: State, folder: Path) -> None:
     save(folder / "ours", pieces_of(state), {})
 
 
-def read_ours(state: State, folder: Path) -> State:
-    stored = Checkpoint(folder / "ours")
-    return {name: x for name in stored.shapes if (x := stored.tensor(name)) is not None}
+def load_ours(into: State, folder: Path) -> None:
+    Checkpoint(folder / "ours").fill(pieces_of(into))
+
+
+def anew_ours(state: State, folder: Path) -> State:
+    found = {name: torch.empty_like(x) for name, x in state.items()}
+    load_ours(found, folder)
+    return found
 
 
 def write_torch(state: State, folder: Path) -> None:
@@ -63,46 +72,74 @@ def write_torch(state: State, folder: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def read_torch(state: State, folder: Path) -> State:
-    return dict(torch.load(folder / "state.pt"))
+def load_torch(into: State, folder: Path, *, mmap: bool = False) -> None:
+    found = torch.load(folder / "state.pt", mmap=mmap)
+    for name, x in into.items():
+        x.copy_(found[name])
+
+
+def anew_torch(state: State, folder: Path, *, mmap: bool = False) -> State:
+    return dict(torch.load(folder / "state.pt", mmap=mmap))
 
 
 def write_distributed(state: State, folder: Path) -> None:
     dcp.save(state, checkpoint_id=folder / "dcp", no_dist=True)
 
 
-def read_distributed(state: State, folder: Path) -> State:
+def load_distributed(into: State, folder: Path) -> None:
+    dcp.load(into, checkpoint_id=folder / "dcp", no_dist=True)
+
+
+def anew_distributed(state: State, folder: Path) -> State:
     found = {name: torch.empty_like(x) for name, x in state.items()}
-    dcp.load(found, checkpoint_id=folder / "dcp", no_dist=True)
+    load_distributed(found, folder)
     return found
 
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
 OURS, STALL, IN_ALL = "minispeed", "in the background, the stall", "in the background, in all"
+MAPPED = "torch.load, mmap"
 CONTESTANTS = {
-    OURS: Contestant(write_ours, read_ours),
-    "torch.save, synced": Contestant(write_torch, read_torch),
-    "torch.distributed.checkpoint": Contestant(write_distributed, read_distributed),
+    OURS: Contestant(write_ours, load_ours, anew_ours),
+    "torch.save, synced": Contestant(write_torch, load_torch, anew_torch),
+    "torch.distributed.checkpoint": Contestant(write_distributed, load_distributed, anew_distributed),
+    MAPPED: Contestant(write_torch, partial(load_torch, mmap=True), partial(anew_torch, mmap=True)),
 }
 
 
 class Times(NamedTuple):
-    """Seconds of one contestant in one turn; `load` is None where nothing was loaded."""
+    """Seconds of one contestant in one turn; None for what it did not do."""
 
     save: float
     load: float | None = None
+    anew: float | None = None
 
 
 def turn(name: str, state: State, folder: Path) -> tuple[Times, int]:
     """Time one contestant; return its times, and the bytes that it left."""
+    write, load, anew = CONTESTANTS[name]
+    into = {key: torch.full_like(x, -1.0) for key, x in state.items()}
+    took = [timed(lambda: write(state, folder)), timed(lambda: load(into, folder))]
+    check(name, into, state)
+    into.clear()
     start = time.perf_counter()
-    CONTESTANTS[name].write(state, folder)
-    saved = time.perf_counter()
-    found = CONTESTANTS[name].read(state, folder)
-    loaded = time.perf_counter()
-    assert found.keys() == state.keys() and all(torch.equal(found[key], x) for key, x in state.items()), name
+    found = anew(state, folder)
+    took.append(time.perf_counter() - start)
+    check(name, found, state)
     left = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Times(saved - start, loaded - saved), left
+    return Times(*took), left
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return how many seconds something takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def check(name: str, found: State, state: State) -> None:
+    """Raise AssertionError unless what was read is what was written."""
+    assert found.keys() == state.keys() and all(torch.equal(found[key], x) for key, x in state.items()), name
 
 
 def turn_in_background(state: State, folder: Path, saver: Saver) -> tuple[Times, Times]:
@@ -155,7 +192,7 @@ def row(name: str, times: dict[str, list[Times]]) -> dict[str, Any]:
             found |= {f"{what} ms": None, f"{what} of the best other's": None, f"{what} lowest": None}
             found[f"{what} highest"] = None
             continue
-        others = [other for other in CONTESTANTS if other not in (name, OURS)]
+        others = [other for other in CONTESTANTS if other not in (name, OURS, MAPPED)]
         best = [min(getattr(times[other][index], what) for other in others) for index in range(TURNS)]
         ratios = [a / b for a, b in zip(mine, best)]
         found |= {f"{what} ms": statistics.median(mine) * 1e3, f"{what} of the best other's": statistics.median(ratios)}

@@ -7,8 +7,8 @@
 Whatever the layout, the names are the same: so the layout may change between writing and reading.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ class Source(Protocol):
 
         elements  in the flattened slice
         """
+
+
+@runtime_checkable
+class Filling(Source, Protocol):
+    """A source that reads into memory that is there already, many tensors at once."""
+
+    def fill(self, pieces: Iterable[Piece]) -> None:
+        """Put into each piece's tensor what it is a piece of; of each of them the source has a tensor."""
 
 
 def pieces_of(parts: Sequence[Part], optimizer: torch.optim.Optimizer) -> list[Piece]:
@@ -69,21 +77,26 @@ def put_back(
 
     with_optimizer  False: parameters alone; the optimizer starts anew
     strict          False: what the source lacks stays as it is
-    Raises          UserError naming what the source lacks
+    Raises          UserError naming what the source lacks, or what of it is damaged: the run cannot go on from there
     """
     optimizer.state.clear()
     if with_optimizer:
         for part in parts:
             _start_states(part, optimizer, source)
-    for name, shape, elements, tensor, _, of in (piece for part in parts for piece in _elements(part, optimizer)):
-        if (held := source.shapes.get(name, shape)) != shape:
-            what = f"{name} has the shape {tuple(held)} in the checkpoint, {tuple(shape)} here"
+    wanted = [piece for part in parts for piece in _elements(part, optimizer)]
+    for piece in wanted:
+        if (held := source.shapes.get(piece.name, piece.shape)) != piece.shape:
+            what = f"{piece.name} has the shape {tuple(held)} in the checkpoint, {tuple(piece.shape)} here"
             raise UserError(what, fix="the checkpoint of a run of this model")
-        found = source.read(name, elements, of)
+    if isinstance(source, Filling):
+        source.fill(piece for piece in wanted if piece.name in source.shapes)
+        wanted = [piece for piece in wanted if piece.name not in source.shapes]
+    for piece in wanted:
+        found = source.read(piece.name, piece.elements, piece.part)
         if found is None and strict:
-            raise UserError(f"the checkpoint holds no {name}", fix="the checkpoint of a run of this model")
+            raise UserError(f"the checkpoint holds no {piece.name}", fix="the checkpoint of a run of this model")
         if found is not None:
-            tensor.copy_(found.view(tensor.shape))
+            piece.tensor.copy_(found.view(piece.tensor.shape))
     for part in parts:
         part.sharded.publish(frozen=True)
 

@@ -17,6 +17,7 @@ from minispeed.config import DeepSpeedConfigError, read_config
 from minispeed.deepspeed.autotp import plan_for
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
+from minispeed.model.lora import LoRA, add_lora
 from minispeed.model.presets import preset
 from minispeed.tensor.plan import Column, Enter, Replica, Row, gpt_plan
 from minispeed.zero import Init
@@ -153,6 +154,68 @@ def test_any_width_is_the_plain_loop_and_goes_on_under_another(kind, way):
                 assert got_norms == pytest.approx(norms[steps.start : steps.stop], rel=1e-10)
         stored = Checkpoint(Path(folder) / f"global_step{STEPS}")
         assert close({name: stored.tensor(f"parameters/{name}") for name in parameters}, parameters)
+
+
+def adapted(kind: str, targets: tuple[str, ...]) -> nn.Module:
+    """Build a tiny model with adapters, none of whose values is zero."""
+    model = hf(kind)
+    trained = add_lora(model, LoRA(rank=3, alpha=2.0, targets=targets), seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name in trained:
+            p = model.get_parameter(name)
+            p.copy_(torch.randn(p.shape, generator=generator) / 4)
+    return model
+
+
+@given(
+    st.sampled_from(sorted(NAMES)),
+    st.sampled_from([("q_proj", "v_proj"), ("o_proj", "mlp.*"), ("self_attn.*", "mlp.*", "lm_head")]),
+    st.integers(0, 3),
+)
+@settings(max_examples=5)
+def test_a_model_with_adapters_is_the_plain_loop_cut_in_two(kind, targets, stage):
+    way = Way(2, 2, 1, stage, 1, 0.0, "AdamW", "")
+    model = adapted(kind, targets)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([model.get_parameter(name) for name in trained], **PARAMS["AdamW"])
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        (x,) = tokens(1, 1, step).flatten(0, 1)
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    def cut(rank: int) -> list[float]:
+        engine, *_ = minispeed.initialize(model=adapted(kind, targets), config=way.config(2))
+        found = []
+        for step in range(STEPS):
+            (x,) = tokens(1, 1, step).flatten(0, 1)
+            loss = engine(input_ids=x, labels=x).loss
+            engine.backward(loss)
+            engine.step()
+            found.append(loss.item())
+        engine.save_checkpoint(folder)
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert on_ranks(2, cut) == [pytest.approx(losses, rel=1e-10)] * 2
+        stored = Checkpoint(Path(folder) / f"global_step{STEPS}")
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        assert close({name: stored.tensor(f"parameters/{name}") for name in parameters}, parameters)
+
+
+def test_of_an_adapter_b_is_cut_with_a_column_and_a_with_a_row():
+    def shapes(rank):
+        engine, *_ = minispeed.initialize(
+            model=adapted("llama", ("mlp.*",)), config=Way(2, 2, 1, 0, 1, 0.0, "AdamW", "").config(2)
+        )
+        mlp = engine.module.model.layers[0].mlp
+        return [tuple(p.shape) for leaf in (mlp.up_proj, mlp.down_proj) for p in leaf.lora.parameters()]
+
+    assert on_ranks(2, shapes) == [[(3, 16), (4, 3), (3, 4), (16, 3)]] * 2
 
 
 # ---- the plan

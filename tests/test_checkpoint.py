@@ -30,6 +30,7 @@ from minispeed.layout import FlatLayout, Interval
 from minispeed.model.config import GPTConfig
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
+from minispeed.placement import WHOLE, Replicated, Shard, Slice
 from minispeed.precision import Precision
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64])
@@ -114,6 +115,27 @@ def test_saving_again_replaces_whole(tmp_path):
         checkpoint.save(tmp_path / "last", whole({"w": torch.full((2,), value)}), {"step": value})
     assert Checkpoint(tmp_path / "last").state == {"step": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_users_own_files_stay_where_a_checkpoint_is_written_again(tmp_path, waits):
+    directory, saver = tmp_path / "best", Saver()
+    for value in (1, 2, 3):
+        if waits:
+            checkpoint.save(directory, whole({"w": torch.full((2,), value)}), {"step": value})
+        else:
+            saver.save(directory, whole({"w": torch.full((2,), value)}), {"step": value})
+            saver.wait()
+        (directory / "notes.txt").write_text("mine" if value == 1 else (directory / "notes.txt").read_text() + "!")
+        (directory / "tokenizer" / "deep").mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer" / "deep" / "a.json").write_text("{}")
+        (directory / "rank-00001.json").write_text("[]")  # of a run of more ranks
+    checkpoint.save(directory, whole({"w": torch.zeros(2)}), {"step": 4})
+    assert (directory / "notes.txt").read_text() == "mine!!" and Checkpoint(directory).state == {"step": 4}
+    own = ["index.json", "rank-00000.json", "rank-00000.safetensors"]
+    assert sorted(path.name for path in directory.iterdir()) == sorted([*own, "notes.txt", "tokenizer"])
+    assert (directory / "tokenizer" / "deep" / "a.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -250,38 +272,139 @@ def test_a_share_is_read_from_about_as_many_bytes(tmp_path_factory, drawn, reade
     directory = tmp_path_factory.mktemp("run") / "step-1"
     with blocks_of(block):
         write_shards(directory, expected, ranks)
-    stored, count, real = Checkpoint(directory), 0, tensors.read_into
+    stored = Checkpoint(directory)
+    for rank in range(ranks):
+        stored._file(rank)  # headers
+    for name, x in expected.items():
+        for _, elements, _ in FlatLayout.of({name: x}, readers).pieces(reader % readers):
+            with counted() as read:
+                assert torch.equal(stored.read(name, elements), x[slice(*elements)])
+            held = [piece.elements for one in stored._lists for piece in one if piece.name == name]
+            touched = sum(1 for there in held if there.meet(elements).size)
+            wanted = elements.size * x.dtype.itemsize
+            assert wanted <= sum(read) <= min(wanted + 2 * touched * block, x.numel() * x.dtype.itemsize)
 
-    def counted(path, start, out) -> None:
-        nonlocal count
-        count += len(out)
-        real(path, start, out)
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Note how many bytes each reading inside this reads."""
+    read, real = [], tensors.read_into
+
+    def noted(path, start, out) -> int:
+        read.append(len(out))
+        return real(path, start, out)
 
     with pytest.MonkeyPatch.context() as patch:
-        for rank in range(ranks):
-            stored._file(rank)  # headers
-        patch.setattr(tensors, "read_into", counted)
-        for name, x in expected.items():
-            share = FlatLayout.of({name: x}, readers).pieces(reader % readers)
-            before = count
-            for _, elements, _ in share:
-                assert torch.equal(stored.read(name, elements), x[slice(*elements)])
-                held = [piece.elements for one in stored._lists for piece in one if piece.name == name]
-                touched = sum(1 for there in held if there.meet(elements).size)
-                wanted = elements.size * x.dtype.itemsize
-                assert wanted <= count - before <= min(wanted + 2 * touched * block, x.numel() * x.dtype.itemsize)
+        patch.setattr(tensors, "read_into", noted)
+        yield read
 
 
-def test_one_of_eight_slices_costs_an_eighth(tmp_path, monkeypatch):
+def test_one_of_eight_slices_costs_an_eighth(tmp_path):
     x = torch.arange(1 << 20, dtype=torch.int32)  # 4 MiB
-    monkeypatch.setattr(tensors, "BLOCK", 1 << 16), monkeypatch.setattr(listed, "BLOCK", 1 << 16)
-    checkpoint.save(tmp_path / "step-1", whole({"w": x}), {})
-    read = []
-    real = tensors.read_into
-    monkeypatch.setattr(tensors, "read_into", lambda path, start, out: (read.append(len(out)), real(path, start, out)))
+    with blocks_of(1 << 16):
+        checkpoint.save(tmp_path / "step-1", whole({"w": x}), {})
     eighth = Interval(3 << 17, 4 << 17)
-    assert torch.equal(Checkpoint(tmp_path / "step-1").read("w", eighth), x[slice(*eighth)])
+    with counted() as read:
+        assert torch.equal(Checkpoint(tmp_path / "step-1").read("w", eighth), x[slice(*eighth)])
     assert sum(read) - x.nbytes // 8 < 8192  # index, list and header
+
+
+@st.composite
+def cuts(draw, shape: tuple[int, ...]) -> Slice:
+    """Draw one slice of a tensor of that shape; of some with chunks, of some with padding."""
+    dim, count = draw(st.integers(0, len(shape) - 1)), draw(st.integers(1, 4))
+    first = draw(st.integers(1, shape[dim] - 1)) if shape[dim] > 1 and draw(st.booleans()) else 0
+    chunks = (first, shape[dim] - first) if first else (shape[dim],)
+    place = draw(st.sampled_from([Replicated(), Shard("tp", dim, chunks, padded=True)]))
+    return Slice(place, draw(st.integers(0, count - 1)), count) if isinstance(place, Shard) else WHOLE
+
+
+@st.composite
+def recuts(draw) -> tuple[torch.Tensor, Slice, int, Slice, Interval]:
+    """Draw a tensor, a cut that it is stored in, in so many pieces a slice, and elements of a slice of another cut."""
+    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
+    x = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape) + 1
+    stored, wanted = draw(cuts(shape)), draw(cuts(shape))
+    first, last = sorted(draw(st.integers(0, wanted.of(x).numel())) for _ in range(2))
+    return x, stored, draw(st.integers(1, 3)), wanted, Interval(first, last)
+
+
+def write_cut(directory: Path, x: torch.Tensor, stored: Slice, num_pieces: int = 1) -> None:
+    """Write every slice of a cut, each in several pieces."""
+    pieces = []
+    for part in (replace(stored, index=index) for index in range(stored.count)):
+        local = part.of(x).contiguous()
+        layout = FlatLayout.of({"w": local}, num_pieces)
+        of_ranks = [one for rank in range(num_pieces) for one in layout.pieces(rank)]
+        pieces += [Piece("w", tuple(x.shape), e, local.flatten()[slice(*e)].clone(), part=part) for _, e, _ in of_ranks]
+
+    def write(group) -> None:
+        checkpoint.save(directory, pieces[group.rank :: group.size], {}, group)
+
+    run_threads(write, len(pieces))
+
+
+@given(recuts(), st.sampled_from([8, 16, 1 << 20]))
+def test_a_slice_of_any_cut_is_read_from_any_other(tmp_path_factory, drawn, block):
+    x, stored, num_pieces, wanted, elements = drawn
+    directory = tmp_path_factory.mktemp("run") / "step-1"
+    with blocks_of(block):
+        write_cut(directory, x, stored, num_pieces)
+    opened, expected = Checkpoint(directory), wanted.of(x).flatten()
+    assert torch.equal(opened.tensor("w"), x)
+    assert torch.equal(opened.read("w", elements, wanted), expected[slice(*elements)])
+    into = [torch.full((elements.size,), -1.0, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    opened.fill(Piece("w", tuple(x.shape), elements, out, part=wanted) for out in into)
+    assert all(out.tolist() == expected[slice(*elements)].tolist() for out in into)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "chunks", "share", "runs"),
+    [
+        ((4096, 16), 0, (), 1, 1),  # neighbouring rows
+        ((4096, 16), 0, (2048, 1024, 1024), 1, 3),  # those of query, key and value
+        ((8, 8192), 1, (), 1, 8),  # long rows: of each its part
+        ((64, 1024), 1, (), 1, 64),  # rows of four blocks, of which one holds it
+        ((4, 64, 256), 1, (), 1, 4),
+        ((4096, 16), 1, (), 8, 16),  # short rows: what lies between is in the same blocks, of which 16 are read at once
+    ],
+)
+@pytest.mark.parametrize("num_pieces", [1, 3])
+def test_a_slice_of_what_was_stored_whole_is_read_from_about_its_own_bytes(
+    tmp_path, shape, dim, chunks, share, runs, num_pieces
+):
+    x, block, wanted = torch.randn(shape), 1 << 10, Slice(Shard("tp", dim, chunks), 3, 8)
+    with blocks_of(block):
+        write_cut(tmp_path / "step-1", x, WHOLE, num_pieces)
+    opened, part = Checkpoint(tmp_path / "step-1"), wanted.of(x)
+    opened.tensor("w")
+    with counted() as read:
+        assert torch.equal(opened.read("w", Interval(0, part.numel()), wanted), part.flatten())
+    assert share * part.nbytes - 2 * block <= sum(read) <= share * part.nbytes + 2 * block * (runs + num_pieces)
+    with counted() as read:  # and a flat share of it, of the rows that hold it
+        half = Interval(0, part.numel() // 2)
+        assert torch.equal(opened.read("w", half, wanted), part.flatten()[slice(*half)])
+    assert sum(read) <= share * part.nbytes // 2 + 2 * block * (runs + num_pieces)
+
+
+def test_blocks_are_summed_in_parts(tmp_path):
+    x = torch.arange(600_000.0)  # two blocks and a part, each read in several parts
+    write_cut(tmp_path / "step-1", x, WHOLE)
+    assert x.nbytes > 2 * tensors.BLOCK > 4 * tensors.CACHED and problems(tmp_path / "step-1") == []
+    assert torch.equal(Checkpoint(tmp_path / "step-1").tensor("w"), x)
+
+
+def test_what_is_filled_in_is_compared(tmp_path):
+    directory = tmp_path / "step-1"
+    x, out = torch.arange(1000.0), torch.zeros(1000)
+    with blocks_of(256):
+        write_cut(directory, x, WHOLE)
+    path = directory / "rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"of {path}, of w.*have the CRC-32"):
+        Checkpoint(directory).fill([Piece("w", (1000,), Interval(0, 1000), out)])
 
 
 def test_what_is_damaged_is_named_with_what_was_noted(tmp_path):
@@ -300,7 +423,7 @@ def test_what_is_damaged_is_named_with_what_was_noted(tmp_path):
 
 
 def test_what_no_crc_tells_apart_the_whole_tensor_s_checksum_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(zlib, "crc32", lambda content: 0)
+    monkeypatch.setattr(zlib, "crc32", lambda content, so_far=0: 0)
     directory = tmp_path / "step-1"
     write_shards(directory, {"w": torch.arange(6.0)}, 1)
     path = directory / "rank-00000.safetensors"

@@ -85,6 +85,12 @@ def test_tokens_that_are_new_to_the_model_are_learnt_under_lora_too(chats, tmp_p
     assert len(new) == 6 and len({tuple(row.tolist()) for row in new}) > 1  # they began alike
     chat = ChatModel.load(tmp_path / "run")
     assert chat.template.stop_id(chat.tokenizer) >= known
+    lora, learnt = load_adapter(tmp_path / "run" / "adapter")
+    assert f"model.resize_token_embeddings({known + 6})" in said
+    assert torch.equal(learnt["embed.tokens.weight"], after["embed.tokens.weight"])
+    base = {name: p.detach().double() for name, p in hf.load(model).named_parameters()}
+    again = merged({**base, **{name: x for name, x in learnt.items() if name in base or ".lora." in name}}, lora)
+    assert all(torch.allclose(again[name], after[name], rtol=0, atol=1e-12) for name in after)
 
 
 def test_any_layout_reads_it_slice_by_slice_and_learns_the_same(chats, tmp_path):
@@ -163,6 +169,7 @@ def test_a_run_goes_on_without_its_pointer_and_mends_it(tuned, chats, tmp_path, 
         (["--lora-rank", "2", "--lora-lr", "0.1", "--lr", "0"], "the schedule is of --lr, which is 0"),
         (["--deep", "dwa"], "--deep dwa is for a new model"),
         (["--tokenizer", "x.json"], "--tokenizer is for a new model"),
+        (["--vocab-size", "300"], "--vocab-size 300 is for a tokenizer that is learnt"),
         (["--lora-rank", "2", "--lora-targets", "attn"], "matches no Linear"),
     ],
 )

@@ -24,7 +24,7 @@ from minispeed.model.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from minispeed.model.dropout import PARTS, cells_of
 from minispeed.model.gpt import GPT
 from minispeed.model.init import draw as drawn
-from minispeed.model.lora import LoRA, LoRALinear, adapter_names, add_lora, lora_groups
+from minispeed.model.lora import AdapterDropping, LoRA, LoRALinear, adapter_names, add_lora, lora_groups
 from minispeed.model.merge import merge, merged, put_adapters
 from minispeed.model.presets import preset
 from minispeed.optim import SGD
@@ -211,6 +211,25 @@ def test_merging_takes_the_dropout_away_too():
     assert not any(block._forward_pre_hooks for block in model.blocks)
 
 
+def test_the_streams_dropout_may_be_set_before_or_after_the_adapters():
+    before, after = GPT(replace(NANO, dropout=0.0)), GPT(replace(NANO, dropout=0.0))
+    before.set_dropout(0.25, seed=9)
+    for model in (before, after):
+        add_lora(model, LoRA(dropout=0.5), seed=3)
+    after.set_dropout(0.25, seed=9)
+    with torch.no_grad():
+        for model in (before, after):
+            for name in adapter_names(model):
+                model.get_parameter(name).fill_(0.1)
+    batch = rows(0)
+    one, two, none = (
+        model(batch.tokens, batch.labels, cells=batch.cells, step=step)
+        for model, step in ((before, 0), (after, 0), (before, None))
+    )
+    assert torch.equal(one, two) and not torch.equal(one, none)
+    assert after.config.dropout == 0.25 and isinstance(after.dropping, AdapterDropping)
+
+
 # ---- cut by width
 
 
@@ -383,6 +402,33 @@ def test_an_adapter_in_pefts_files_is_the_same_sum_over_transformers_tensors(con
     assert all(torch.allclose(by_hand[name], found[name], rtol=0, atol=1e-12) for name in {**by_hand, **found})
 
 
+@pytest.mark.parametrize("config", [LLAMA, replace(LLAMA, tied=False), GPT2], ids=["llama", "untied", "gpt2"])
+def test_embedding_and_head_that_were_trained_too_lie_beside_the_adapters(config, tmp_path):
+    lora = LoRA(rank=2, targets=("attention.*",))
+    model = adapted(config, lora)
+    save_adapter(tmp_path, dict(model.named_parameters()), lora, config, ends=True)
+    says, stored = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    embedding = "transformer.wte" if config is GPT2 else "model.embed_tokens"
+    assert says["modules_to_save"] == [embedding.split(".")[1], "lm_head"]
+    assert torch.equal(stored[f"base_model.model.{embedding}.weight"], model.embed.tokens.weight)
+    assert torch.equal(stored["base_model.model.lm_head.weight"], model.head.weight)
+
+    doubles = [f"base_model.model.lm_head.{name}.weight" for name in ("modules_to_save", "original_module")]
+    save_file({**stored, **{name: torch.zeros(7, 4) for name in doubles}}, tmp_path / WEIGHTS)  # as peft may
+    back, weights = load_adapter(tmp_path)
+    again = GPT(config, seed=5).to(torch.float64)
+    add_lora(again, back, seed=7)
+    put_adapters(again, weights)
+    learnt = [name for name, _ in model.named_parameters() if ".lora." in name or name in weights]
+    assert all(torch.equal(again.get_parameter(name), model.get_parameter(name)) for name in learnt)
+    assert {"embed.tokens.weight", "head.weight"} <= weights.keys()
+    if config.tied:
+        with pytest.raises(UserError, match="are one parameter here, and differ in the files"):
+            put_adapters(again, {**weights, "head.weight": weights["head.weight"] + 1})
+    with pytest.raises(UserError, match=r"embed.tokens.weight is \(8, .* among the adapters, and \(7,"):
+        put_adapters(again, {**weights, "embed.tokens.weight": weights["embed.tokens.weight"].new_zeros(8, 4)})
+
+
 def changed(folder, *, config={}, weights=lambda stored: stored):
     (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | config))
     save_file(weights(load_file(folder / WEIGHTS)), folder / WEIGHTS)
@@ -406,6 +452,7 @@ AS_IT_WAS = without("nothing of that name")
         ("use_dora is True", {"use_dora": True}, AS_IT_WAS),
         ("bias is 'all'", {"bias": "all"}, AS_IT_WAS),
         ("peft_type is 'IA3'", {"peft_type": "IA3"}, AS_IT_WAS),
+        ("modules_to_save is", {"modules_to_save": ["norm"]}, AS_IT_WAS),
         ("rank_pattern is", {"rank_pattern": {"q_proj": 3}}, AS_IT_WAS),
         ("init_lora_weights is 'pissa'", {"init_lora_weights": "pissa"}, AS_IT_WAS),
         (

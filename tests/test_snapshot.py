@@ -101,6 +101,17 @@ def test_parameters_alone_start_the_optimizer_anew():
     assert not second.optimizer.state
 
 
+def test_tensors_of_the_same_layout_are_read_into_their_places(tmp_path, monkeypatch):
+    first, second = (engine(None, 0, "adamw", seed) for seed in (0, 1))
+    step(first, 0)
+    save(tmp_path / "c", first.pieces(), {})
+    read, real = [], Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name, *where: (read.append(name), real(self, name, *where))[1])
+    second.load(Checkpoint(tmp_path / "c"), step=1, num_updates=1)
+    assert {name.split("/")[1] for name in read} == {"group 0", "group 1"}
+    assert all(torch.equal(p, parameters(first)[name]) for name, p in parameters(second).items())
+
+
 def test_what_is_missing_is_named():
     first, second = (engine(None, 0, "adamw", seed) for seed in (0, 1))
     step(first, 0)

@@ -34,6 +34,7 @@ def open_model_and_data(options: SftOptions, device: torch.device = CPU) -> tupl
     Raises  UserError if the data cannot be read, or tokenizer, model and row length do not go together
     """
     directory = model_folder(options)
+    check_size(options, directory)
     if options.resume:
         check_files(options.out, options)
     check_length(options, preset(options.model) if directory is None else ChatModel.read_config(directory))
@@ -103,6 +104,13 @@ def lora_of(options: Any) -> LoRA | None:
     alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
     how: dict[str, Any] = {"targets": tuple(options.lora_targets)} if options.lora_targets else {}
     return LoRA(rank=options.lora_rank, alpha=alpha, dropout=options.lora_dropout, lr=options.lora_lr, **how)
+
+
+def check_size(options: SftOptions, directory: Path | None) -> None:
+    """Raise UserError if a size is asked for of the tokenizer that came with a model."""
+    if directory is not None and options.vocab_size != SftOptions.vocab_size:
+        what = f"--vocab-size {options.vocab_size} is for a tokenizer that is learnt, and {directory} has one"
+        raise UserError(what, fix="no --vocab-size")
 
 
 def check_length(options: SftOptions, config: GPTConfig) -> None:

@@ -152,15 +152,19 @@ class RunSaver:
         except UserError as error:
             self.journal.warn(f"no {ADAPTER}/ in peft's form is written: {error.what}")
             return
-        if chat.tokenizer.lacked:
-            self.journal.warn(f"no {ADAPTER}/ in peft's form is written: it would lack the rows of the new tokens")
-            return
+        grew = chat.tokenizer.lacked > 0
         base = str(Path(self.options.model).resolve()) if Path(self.options.model).is_dir() else self.options.model
 
         def write(folder: Path) -> None:
-            save_adapter(folder, found, lora, chat.model.config, base=base)
+            save_adapter(folder, found, lora, chat.model.config, base=base, ends=grew)
 
         checkpoint.write_whole(self.run.path / ADAPTER, write)
+        if grew:
+            rows = chat.model.config.vocab_size
+            self.journal.say(
+                f"{ADAPTER}/ holds embedding and head too, of {rows} rows: before peft reads it, "
+                f"model.resize_token_embeddings({rows})"
+            )
 
     def _is_done(self, write: Callable[[], None]) -> bool:
         """Write; return whether that went well on all ranks, and say why where it did not."""

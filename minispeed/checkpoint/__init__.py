@@ -9,7 +9,8 @@ needs from the pieces, whoever wrote them, and however it was cut. All is writte
 renamed in one move. Every byte stands under a checksum, and what is read is compared with it. Nothing is ever executed.
 
 The room: disk (files that are never half there) · tensors (safetensors in blocks) · listed (the JSON files) · write
-(all ranks together) · saver (while the training goes on) · read · verify · keep (which ones stay).
+(all ranks together) · saver (while the training goes on) · read · across (of one cut what another has) · verify · keep
+(which ones stay).
 """
 
 from minispeed.checkpoint.disk import LEFTOVERS, discard, remove, standing, write_whole

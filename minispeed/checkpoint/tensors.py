@@ -17,6 +17,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from minispeed.layout import Interval
 
 BLOCK = 1 << 20  # bytes of a tensor under one CRC, a multiple of every dtype's size
 SYNCED = 1 << 24  # bytes after which a file that is being written is synced so far
+CACHED = 1 << 18  # bytes that are summed while the processor still has them from reading
 WORKERS = min(4, os.cpu_count() or 1)  # threads that read and hash, which both release the interpreter
 DTYPES = {
     "F64": torch.float64,
@@ -133,32 +135,47 @@ class TensorFile:
             )
         self.places = _places_in(header, path, size)
 
+    def dtype(self, key: str) -> torch.dtype:
+        """Return a tensor's dtype.  Raises Damaged if there is no such tensor"""
+        return self._place(key).dtype
+
     def read(self, key: str, elements: Interval) -> Tensor:
         """Return elements of a flattened tensor, (elements.size,).
 
         Reads   the blocks that hold them
         Raises  Damaged, naming the block that is not what was written
         """
+        out = torch.empty(elements.size, dtype=self.dtype(key))
+        do_all(list(self.blocks(key, elements, out)))
+        return out
+
+    def blocks(self, key: str, elements: Interval, out: Tensor) -> Iterator[Callable[[], None]]:
+        """Yield what must be done, block by block and in any order, to read elements of a flattened tensor into `out`.
+
+        out     (elements.size,), on the CPU; what it holds is right only once all is done
+        Raises  Damaged, here or when it is done
+        """
         dtype, start, stop = self._place(key)
         wanted = Interval(elements.start * dtype.itemsize, elements.stop * dtype.itemsize)
-        if wanted.stop > stop - start:
-            what = f"{self.path} holds {(stop - start) // dtype.itemsize} elements of {key}, not {elements.stop}"
-            raise Damaged(what)
-        first = wanted.start // self.block
-        around = Interval(first * self.block, min(stop - start, -(-wanted.stop // self.block) * self.block))
-        buffer = torch.empty(around.size, dtype=torch.uint8)
-        view = buffer.numpy().data
+        if wanted.stop > stop - start or dtype != out.dtype:
+            held = f"{(stop - start) // dtype.itemsize} elements of {key}, of {dtype}"
+            raise Damaged(f"{self.path} holds {held}, not {elements.stop} of {out.dtype}")
+        content = _bytes_of(out)
+        for index in range(wanted.start // self.block, -(-wanted.stop // self.block)):
+            here = Interval(index * self.block, (index + 1) * self.block).meet(Interval(0, stop - start))
+            mine = here.meet(wanted)
+            target = content[slice(*mine.shift(-wanted.start))]
+            yield partial(self._read_block, key, index, here.shift(start), mine.shift(start), target)
 
-        def fetch(index: int) -> None:
-            here = Interval(index * self.block, (index + 1) * self.block).meet(around)
-            block = view[slice(*here.shift(-around.start))]
-            read_into(self.path, start + here.start, block)
-            if self.checks is not None and (found := zlib.crc32(block)) != (noted := self.checks[key].crc32[index]):
-                places = f"bytes {start + here.start} to {start + here.stop} of {self.path}, of {key},"
-                raise Damaged(f"{places} have the CRC-32 {found}, {noted} is noted")
-
-        _each(fetch, range(first, -(-around.stop // self.block)))
-        return buffer[slice(*wanted.shift(-around.start))].view(dtype)
+    def _read_block(self, key: str, index: int, place: Interval, wanted: Interval, out: memoryview) -> None:
+        """Read the block at `place` of the file, compare it, and put what is wanted of it in `out`."""
+        block = out if wanted == place else memoryview(bytearray(place.size))
+        found = read_into(self.path, place.start, block)
+        if self.checks is not None and found != (noted := self.checks[key].crc32[index]):
+            places = f"bytes {place.start} to {place.stop} of {self.path}, of {key},"
+            raise Damaged(f"{places} have the CRC-32 {found}, {noted} is noted")
+        if wanted != place:
+            out[:] = block[slice(*wanted.shift(-place.start))]
 
     def problems(self) -> list[str]:
         """Read every byte; return a sentence for each tensor that is not what was written."""
@@ -199,17 +216,33 @@ def read_bytes(path: Path, place: Interval) -> bytes:
     return bytes(content)
 
 
-def read_into(path: Path, start: int, out: memoryview) -> None:
-    """Fill `out` from byte `start` on.  Raises Damaged if the file cannot be read, or ends before"""
+def read_into(path: Path, start: int, out: memoryview) -> int:
+    """Fill `out` from byte `start` on, and return its CRC-32.
+
+    Raises  Damaged if the file cannot be read, or ends before
+    """
+    crc = 0
     try:
         with path.open("rb", buffering=0) as stream:
             stream.seek(start)
-            while len(out) and (count := stream.readinto(out)):
+            while len(out) and (count := stream.readinto(out[:CACHED])):
+                crc = zlib.crc32(out[:count], crc)
                 out = out[count:]
     except OSError as error:
         raise Damaged(f"{path} cannot be read: {error}") from error
     if len(out):
         raise Damaged(f"{path} cannot be read: it ends {len(out)} bytes too early")
+    return crc
+
+
+def do_all(work: Sequence[Callable[[], None]]) -> None:
+    """Do all of some work, in several threads where there is more than one piece of it; raise what the first raises."""
+    if len(work) < 2:
+        for one in work:
+            one()
+        return
+    with ThreadPoolExecutor(min(WORKERS, len(work))) as pool:
+        list(pool.map(lambda one: one(), work))
 
 
 def _header_of(tensors: Mapping[str, Tensor]) -> bytes:
@@ -255,13 +288,3 @@ def _split(content: memoryview, size: int) -> Iterator[memoryview]:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes; not a copy if it lies on the CPU in one piece."""
     return tensor.detach().flatten().contiguous().cpu().view(torch.uint8).numpy().data
-
-
-def _each(work: Callable[[int], None], indices: range) -> None:
-    """Do the work of each index, in several threads where there are several."""
-    if len(indices) < 2:
-        for index in indices:
-            work(index)
-        return
-    with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(work, indices))

@@ -5,6 +5,8 @@ without a word between ranks, so that a thread can do it beside the training; on
 """
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from minispeed.checkpoint.tensors import Promise, checksum, write_tensors
 from minispeed.collective.group import Group, SoloGroup
 from minispeed.collective.numbers import barrier, texts_of
 from minispeed.errors import UserError
+
+OWN = re.compile(r"rank-\d{5,}\.(json|safetensors)")  # the names of ranks' files
 
 
 @dataclass
@@ -38,7 +42,7 @@ def save(
     """Write a checkpoint together: every rank calls this with its pieces; ranks share the file system.
 
     Reads   the pieces, flattened; state, what JSON can hold (rank 0's is written)
-    Writes  `directory`, replaced in one move if it was there
+    Writes  `directory`, replaced in one move if it was there; files in it that are no checkpoint's stay
     then    what rank 0 does once it stands: move a pointer to it
     Raises  UserError on every rank if any rank could not write; what stood there before is then untouched
     """
@@ -89,14 +93,29 @@ def finish(part: Part, directory: Path, group: Group, then: Callable[[], object]
 
 
 def _put_in_place(directory: Path, index: bytes, files: Mapping[str, Promise]) -> None:
-    """Complete what lies aside, rid it of what a crash had left there, and move it."""
+    """Complete what lies aside, rid it of what a crash had left there, and move it; a user's own files come along."""
     aside = aside_of(directory)
     for path in aside.iterdir():
         if path.name not in files:
             remove(path)
     _write(aside / INDEX, index)
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.name != INDEX and not OWN.fullmatch(path.name):
+            _copy(path, aside / path.name)
     sync(aside)
     move(aside, directory)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, or a directory with all that is in it, synced."""
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir()
+        for path in source.iterdir():
+            _copy(path, target / path.name)
+    else:
+        shutil.copy2(source, target, follow_symlinks=False)
+    if not source.is_symlink():
+        sync(target)
 
 
 def _write(path: Path, content: bytes) -> Promise:

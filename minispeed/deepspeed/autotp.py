@@ -5,8 +5,9 @@
 A decoder's layer holds modules of two kinds, and each begins with Linears that are cut by their output features and
 ends with one that is cut by its input features: attention, by heads, and the MLP. Which is which their names say, and
 `KNOWN` is the list of them. What lies outside (norms, embeddings, the head) stays whole on every rank and computes the
-same there. A matrix or anything else in a layer that no line of the list places is an error: it would be trained as a
-whole, and who asked for a cut model would not get one.
+same there. Adapters of ours (`add_lora`) are cut with the Linears that they are beside. A matrix or anything else in a
+layer that no line of the list places is an error: it would be trained as a whole, and who asked for a cut model would
+not get one.
 
 Ranks that share a layer's width must be given the same rows; at the first forward they compare them.
 
@@ -25,6 +26,7 @@ from minispeed.collective.group import Group
 from minispeed.collective.numbers import everyones
 from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
+from minispeed.model.lora import adapted
 from minispeed.tensor.plan import Column, Enter, Plan, Replica, Row, Rule, any_number, gpt_plan
 from minispeed.zero.watch import tensors_in
 
@@ -104,7 +106,11 @@ def _check_dropout(name: str, module: nn.Module) -> None:
 def _check_all_placed(model: nn.Module, rules: Mapping[str, Rule]) -> None:
     """Raise UserError, with the families that are known, if the rules leave out what should be cut."""
     entered = tuple(f"{name}." for name, rule in rules.items() if isinstance(rule, Enter))
-    placed = {name for name, rule in rules.items() if not isinstance(rule, Enter)}
+    leaves = {name: rule for name, rule in rules.items() if not isinstance(rule, Enter)}
+    adapters = {
+        f"{name}.lora.{own}" for name in leaves.keys() & adapted(model).keys() for own in leaves[name].adapter()
+    }
+    placed = leaves.keys() | adapters
     left = [
         name
         for name, p in model.named_parameters()

@@ -7,13 +7,13 @@ What is not put stays as it is: an engine that takes over parameters alone goes 
 https://deepspeed.readthedocs.io/en/latest/model-checkpointing.html
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minispeed.checkpoint import Checkpoint
+from minispeed.checkpoint import Checkpoint, Piece
 from minispeed.deepspeed.encoded import decode
 from minispeed.deepspeed.stored import buffer_names, read_all, stored_tensors
 from minispeed.engine import Engine
@@ -127,3 +127,7 @@ class _Lenient:
     def read(self, name: str, elements: Interval, part: Slice = WHOLE) -> Tensor | None:
         """Return what the checkpoint has, else what there was."""
         return self._stored.read(name, elements, part) if name in self.shapes else self._now.get(name)
+
+    def fill(self, pieces: Iterable[Piece]) -> None:
+        """Put in what the checkpoint has of each."""
+        self._stored.fill(pieces)

@@ -7,6 +7,9 @@
 Our query, key and value are one Linear with one A: theirs are three, which are then given the same A. The other way
 they must have it already: three different ones would need three times our rank. All else is a name for a name.
 
+Embedding and head may be trained whole beside adapters, where a tokenizer was given tokens: peft's `modules_to_save`,
+which it puts in the place of the base's. The base is to have as many rows: `resize_token_embeddings` before.
+
 The files: https://huggingface.co/docs/peft/developer_guides/checkpoint
 Letters: D model, H heads, G key/value heads, K head dim, r the adapters' rank.
 """
@@ -25,12 +28,13 @@ from minispeed.errors import UserError, nearest
 from minispeed.model.config import GPTConfig
 from minispeed.model.hf.config import family_for
 from minispeed.model.hf.families import FAMILIES
-from minispeed.model.hf.weights import Names, names_of
+from minispeed.model.hf.weights import EMBEDDING, HEAD, THEIR_HEAD, Names, names_of
 from minispeed.model.lora import LoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before the names of the model that it wraps
 OUR_NAME = re.compile(r"blocks\.(\d+)\.(.+)\.lora\.[ab]\.weight")
+DOUBLE = re.compile(r"(\.modules_to_save|\.original_module)(?=\.weight$)")  # what peft may write of an end once more
 THEIR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 SAYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 # keys that change nothing of what is computed, at the values named, or at all
@@ -42,6 +46,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"), ()),
     **dict.fromkeys(("fan_in_fan_out", "megatron_core", "qalora_group_size", "layers_to_transform"), ()),
     **dict.fromkeys(("layers_pattern", "exclude_modules"), ()),
+    "modules_to_save": (None, [], ["embed_tokens", "lm_head"], ["wte", "lm_head"]),
 }
 
 
@@ -54,12 +59,19 @@ class Part(NamedTuple):
 
 
 def save_adapter(
-    folder: Path, weights: Mapping[str, Tensor], lora: LoRA, config: GPTConfig, *, base: str | None = None
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    lora: LoRA,
+    config: GPTConfig,
+    *,
+    base: str | None = None,
+    ends: bool = False,
 ) -> None:
     """Write the adapters of a model of a HuggingFace family.
 
     weights  named tensors, the adapters' among them; the others are left out
     base     name or folder of the model that they are for, which peft loads when it is not given one
+    ends     whether embedding and head were trained too: then they are written, whole
     Writes   folder/adapter_config.json, folder/adapter_model.safetensors
     Raises   UserError if there are no adapters, or no family has such a model
     """
@@ -84,9 +96,12 @@ def save_adapter(
         "lora_dropout": lora.dropout,
         "target_modules": _target_modules(found, config.num_layers),
         "bias": "none",
+        "modules_to_save": [name.split(".")[-2] for name in ENDS[names.base]] if ends else None,
         "fan_in_fan_out": bool(names.transposed),
         "inference_mode": True,
     }
+    for name, ours in ENDS[names.base].items() if ends else ():
+        found[name] = weights[EMBEDDING if config.tied else ours].clone()
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(says, indent=2) + "\n")
@@ -95,17 +110,22 @@ def save_adapter(
 def load_adapter(folder: Path) -> tuple[LoRA, dict[str, Tensor]]:
     """Read what peft has written, or `save_adapter`: settings for `add_lora`, and tensors for `put_adapters`.
 
+    Returns  with the adapters, embedding and head where they were trained whole
     Raises  UserError naming what is missing, what we would compute otherwise, or the layer whose q, k and v differ in A
     """
     says = _read_config(folder)
     halves: dict[tuple[str, str], dict[int, Tensor]] = {}  # A or B of one of our Linears: of each part of it
     counts: dict[str, int] = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in load_file(folder / WEIGHTS).items():
+        if (end := DOUBLE.sub("", name)) in OUR_ENDS:
+            if end == name:
+                weights[OUR_ENDS[name]] = tensor
+            continue
         home, half, part = _our_name(name)
         halves.setdefault((home, half), {})[part.place] = tensor
         counts[home] = part.num_parts
     homes = sorted(counts)
-    weights = {}
     for home in homes:
         for half in "AB":
             parts = halves.get((home, half), {})
@@ -125,6 +145,16 @@ def _their_modules(names: Names) -> dict[str, Part]:
 
 
 KNOWN = {module: part for family in FAMILIES.values() for module, part in _their_modules(names_of(family)).items()}
+
+# by a family's base: what peft calls embedding and head, and what we do
+ENDS = {
+    names.base: {
+        f"{PREFIX}{names.base}{names.modules['embed.tokens'][0]}.weight": EMBEDDING,
+        f"{PREFIX}{THEIR_HEAD}": HEAD,
+    }
+    for names in map(names_of, FAMILIES.values())
+}
+OUR_ENDS = {theirs: ours for of in ENDS.values() for theirs, ours in of.items()}
 
 
 def _our_name(name: str) -> tuple[str, str, Part]:

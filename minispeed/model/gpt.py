@@ -94,7 +94,9 @@ class GPT(nn.Module):
         if config.tied:
             self.head.weight = self.embed.tokens.weight
         self.deep = Deep(config.connections, config.deep_tasks)
-        self.set_dropout(config.dropout, seed=seed)
+        self.dropping = Dropping(
+            stream=config.dropout, weights=config.attention_dropout, num_heads=config.num_heads, seed=seed
+        )
         if hollow_on is not None:
             hollow(self, hollow_on)
             return
@@ -102,9 +104,12 @@ class GPT(nn.Module):
         initialise(self, seed=seed, model_dim=config.model_dim, num_layers=config.num_layers, given=given)
 
     def set_dropout(self, p: float, *, seed: int) -> None:
-        """Drop so much of the stream in training from now on, drawn from `seed`; the configuration says so, too."""
-        self.config = config = replace(self.config, dropout=p)
-        self.dropping = Dropping(stream=p, weights=config.attention_dropout, num_heads=config.num_heads, seed=seed)
+        """Drop so much of the stream in training from now on, drawn from `seed`; the configuration says so, too.
+
+        What adapters drop stays as it is.
+        """
+        self.config = replace(self.config, dropout=p)
+        self.dropping.stream, self.dropping.seed = p, seed
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield what the forward runs, in order, all but the head: each maps (features, rows) to features."""

@@ -146,6 +146,10 @@ class AdapterDropping(Dropping):
         super().__init__(stream=own.stream, weights=own.weights, num_heads=own.num_heads, seed=own.seed)
         self.adapter_seed = seed
 
+    def plain(self) -> Dropping:
+        """Return the GPT's own, without adapters."""
+        return Dropping(stream=self.stream, weights=self.weights, num_heads=self.num_heads, seed=self.seed)
+
     @property
     def is_on(self) -> bool:
         """Whether anything is ever dropped: of adapters, always."""

@@ -31,7 +31,7 @@ def merge(model: nn.Module) -> None:
             plain[leaf] = _merge_leaf(leaf)
         model.set_submodule(name, plain[leaf])
     if isinstance(model, GPT) and isinstance(model.dropping, AdapterDropping):
-        model.set_dropout(model.config.dropout, seed=model.dropping.seed)
+        model.dropping = model.dropping.plain()
 
 
 def merged(weights: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
@@ -52,19 +52,23 @@ def merged(weights: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_adapters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a model's adapters other values.
+    """Give a model's adapters other values, and what was trained whole beside them.
 
-    weights  by name, of all adapters and nothing else
-    Raises   UserError that names what is missing, unknown, or of another shape
+    weights  by name: of all adapters, and of other parameters as they come
+    Raises   UserError that names what is missing, unknown, of another shape, or one parameter here and two there
     """
-    names = adapter_names(model)
+    names, held = adapter_names(model), dict(model.named_parameters(remove_duplicate=False))
     for name in sorted({*names, *weights}):
-        here = tuple(model.get_parameter(name).shape) if name in names else None
+        here = tuple(held[name].shape) if name in held else None
         given = tuple(weights[name].shape) if name in weights else None
         if here != given:
             what = f"{name} is {given or 'not there'} among the adapters, and {here or 'not there'} in the model"
             raise UserError(what, fix="the LoRA settings that the adapters were trained with")
-        model.get_parameter(name).copy_(weights[name])
+        same = next(other for other in sorted(weights) if held[other] is held[name])
+        if not torch.equal(weights[same], weights[name]):
+            raise UserError(f"{same} and {name} are one parameter here, and differ in the files", fix="tied=False")
+    for name, x in weights.items():
+        held[name].copy_(x)
 
 
 @torch.no_grad()
