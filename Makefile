@@ -3,6 +3,9 @@
 # make lattice       only the laws across rooms: layouts drawn by the hundred, and what they covered
 # make gpu           the tests that need a GPU, then what a step costs on it
 # make peers         the same training in DeepSpeed and here, side by side (installs DeepSpeed)
+# make papers        measure what the papers state, and write docs/papers.md (TOPICS="zero lora": only these)
+# make book          measure a chapter of the book again and draw its figures: make book CHAPTER=00; without, all
+# make weave         cut the code and numbers in the book's lessons anew, in seconds; say what is no longer true
 # make survive       kill -9 a small run at N random moments, and see that it loses nothing
 # make options       write docs/options.md anew from the code
 # make clean         remove the environment and what tools have cached
@@ -12,7 +15,7 @@
 # N=50               draws per drawn test, or kills       ARGS="..."   further words for the demo, or for pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lattice gpu peers survive options clean runtime developer
+.PHONY: help demo test lattice gpu peers papers book weave survive options clean runtime developer
 VENV ?= .venv
 N ?= 50
 ARGS ?=
@@ -50,6 +53,19 @@ gpu: developer
 peers: developer
 	@$(BOOTSTRAP) peers
 	$(RUN) -m pytest tests/peers tests/test_examples.py $(ARGS)
+
+TOPICS ?= zero offload mixed_precision pipelines tensor attention sequence lora deep onebit
+papers: runtime
+	@set -e; for topic in $(TOPICS); do $(RUN) benchmarks/papers/$$topic.py; done
+	$(RUN) benchmarks/papers/page.py
+
+book: developer
+	@test -n "$(wildcard tutorials/$(CHAPTER)*/run.py)" || { echo "minispeed: there is no chapter $(CHAPTER)" >&2; exit 1; }
+	@set -e; for run in $(wildcard tutorials/$(CHAPTER)*/run.py); do echo $$run; $(RUN) $$run; done
+	$(RUN) tutorials/weave.py
+
+weave: developer
+	$(RUN) tutorials/weave.py $(ARGS)
 
 survive: runtime
 	$(RUN) tools/survive.py $(N) $(ARGS)

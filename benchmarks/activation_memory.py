@@ -3,24 +3,7 @@
     python benchmarks/activation_memory.py              shapes of a GPT-2 and a Llama on 1, 2 and 4 ranks
     python benchmarks/activation_memory.py --quick      small shapes; nothing is written
 
-What a block keeps, read off its forward, operation by operation. An element has e bytes, w in fp32 or wider. The stream
-between the cut layers is whole on each of the t ranks, c = 1, or cut by tokens, c = t (sequence parallelism).
-
-    kept                    elements                        of   because
-    norms                   LayerNorm 2 (h + 2) b s/c       e    their inputs, means, 1 / deviations
-                            RMSNorm   2 (2 h + 1) b s/c     w    their inputs, the same over the rms, 1 / rms
-    inputs of qkv and mlp   2 b s h                         e    each gathered, where the stream is cut
-    attention: reference    3 b s (a k)/t                   e    q / sqrt(k), k, v, each copied by matmul for its heads
-                            b a s s/t                       e    softmax
-      fused, tiled          b s (a + 2 g) k/t               e    what qkv made: v is a view of it, unturned q and k too
-                            b s (a + g) k/t if rotary       e    turned q and k
-                            b s a/t                         w    log of each softmax's sum
-                            b s (a k)/t if rotary           e    output, laid out as q is: `out` must have it copied
-      recomputed            b s (a + 2 g) k/t               e    the core's inputs alone
-                            b s (a + g) k/t if rotary       e
-    input of out            b s (a k)/t                     e
-    mlp                     GELU 2, SwiGLU 4: b s f/t       e    up, gelu(up); gate, silu(gate), up, their product
-    block recomputed        b s h/c                         e    its input, and nothing of the above
+The closed form, operation by operation, is `minispeed.ledger.activations`.
 
 Counted: each storage that autograd saves, once, parameters left out; in a model of two blocks less in one of one. On a
 CPU: other devices have other kernels. b and the heads of a rank are two or more: of one, matmul copies nothing.
@@ -37,7 +20,7 @@ Letters, the paper's: b rows, s tokens, h model, a heads, t ranks; and g key/val
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,6 +32,7 @@ from report import report, table
 
 from minispeed.collective.group import Group
 from minispeed.collective.threads import run_threads
+from minispeed.ledger.activations import Case, closed_form
 from minispeed.model.config import GPTConfig
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
@@ -67,58 +51,6 @@ TERMS = (
     "block's input cut",
 )
 KEEPING = (("reference", "none"), ("fused", "none"), ("reference", "attention"), ("reference", "all"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A block, and how it runs.
-
-    dtype       "bf16", "fp32", "fp64"
-    t, is_cut   ranks; whether the stream between cut layers is cut by tokens
-    recomputed  "none", "attention" or "all"
-    """
-
-    config: GPTConfig
-    b: int
-    s: int
-    dtype: str = "bf16"
-    t: int = 1
-    is_cut: bool = False
-    recomputed: str = "none"
-
-
-def closed_form(case: Case) -> dict[str, int]:
-    """Return the bytes that a block keeps on each rank, by the table above."""
-    b, s, h, f = case.b, case.s, case.config.model_dim, case.config.hidden_dim // case.t
-    e = DTYPES[case.dtype].itemsize
-    w, stream = max(e, 4), b * s // (case.t if case.is_cut else 1)
-    if case.recomputed == "all":
-        return {"block's input": stream * h * e}
-    norm = {"layernorm": (h + 2) * e, "rmsnorm": (2 * h + 1) * w}[case.config.norm]
-    return {
-        "norms": 2 * stream * norm,
-        "inputs of qkv and mlp": 2 * b * s * h * e,
-        **_attention(case, e, w),
-        "input of out": b * s * _width(case) * e,
-        "mlp": {"gelu": 2, "swiglu": 4}[case.config.mlp] * b * s * f * e,
-    }
-
-
-def _width(case: Case) -> int:
-    """Return a k / t, the features of the heads of a rank."""
-    return case.config.num_heads * case.config.head_dim // case.t
-
-
-def _attention(case: Case, e: int, w: int) -> dict[str, int]:
-    b, s, a = case.b, case.s, case.config.num_heads // case.t
-    ak, gk = _width(case), case.config.num_kv_heads * case.config.head_dim // case.t
-    is_turned = case.config.positions == "rotary"
-    inputs = {"output of qkv": b * s * (ak + 2 * gk) * e, "turned q and k": is_turned * b * s * (ak + gk) * e}
-    if case.recomputed == "attention":
-        return inputs
-    if case.config.attention == "reference":
-        return {"q, k, v": 3 * b * s * ak * e, "softmax": b * a * s * s * e}
-    return inputs | {"log of sums": b * s * a * w, "output of attention": is_turned * b * s * ak * e}
 
 
 def paper(case: Case) -> int | None:

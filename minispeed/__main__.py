@@ -43,8 +43,11 @@ COMMANDS = {
         "chat": "talk to a trained model",
         "export": "write a trained model for transformers",
         "checkpoint": "list what checkpoints hold, and verify them",
+        "plan": "say which layout to train a model with, and why",
         "explain": "say what a DeepSpeed configuration comes to, and what it costs",
         "timeline": "draw what each rank did when: of a run's trace, or of a simulated pipeline",
+        "simulate": "say how long a step takes on a cluster that is not there, and draw it",
+        "calibrate": "measure how fast this machine is, for planning and simulating",
         "doctor": "say what a bug report needs to know of this machine",
     }.items()
 }

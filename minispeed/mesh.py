@@ -10,6 +10,7 @@ Megatron-LM, Narayanan et al. 2021, section 3.2.  https://arxiv.org/abs/2104.044
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from minispeed.errors import UserError, nearest
@@ -39,7 +40,7 @@ class Mesh:
             sides = " x ".join(f"{axis} {length}" for axis, length in self.sizes.items())
             raise UserError(f"{sides} = {product} ranks, but the world has {self.world}", fix=self._suggestion())
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """The length of every axis, slow to fast."""
         return {axis: getattr(self, axis) for axis in AXES}

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from hypothesis import assume, given, strategies as st
 
+from minispeed.ledger import layers
+from minispeed.ledger.activations import Case, closed_form
 from minispeed.model.presets import preset
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from activation_memory import Case, beyond_paper, closed_form, count, paper
+from activation_memory import beyond_paper, count, paper
 
 
 @st.composite
@@ -55,6 +57,14 @@ def drawn_cases(draw: st.DrawFn) -> Case:
 @given(drawn_cases())
 def test_every_rank_keeps_the_bytes_of_the_closed_form(case):
     assert count(case) == [sum(closed_form(case).values())] * case.t
+
+
+@given(drawn_cases())
+def test_the_tape_of_a_block_keeps_what_the_table_says(case):
+    same = {name: getattr(case, name) for name in ("config", "b", "s", "dtype", "t", "is_cut", "recomputed")}
+    played = layers.block(layers.Setting(**same))
+    if case.recomputed != "all":  # then the stage keeps the input, and the tape is played in the backward
+        assert played.kept == sum(closed_form(case).values())
 
 
 @st.composite

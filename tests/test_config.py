@@ -90,7 +90,8 @@ def others_of(name: str) -> list:
     key, found = TABLE[name], []
     candidates = {"optimizer.type": ["AdamW"], "scheduler.type": ["LRRangeTest"]}
     for value in candidates.get(
-        name, [True, False, 2, 3, 0.5, "cpu", "fp64", "Fail", "mock", "liger", "socket", "gpipe", ["a"], {"a": 1}]
+        name,
+        [True, False, 2, 3, 0.5, "cpu", "fp64", "Fail", "mock", "liger", "socket", "gpipe", "onebit", ["a"], {"a": 1}],
     ):
         try:
             read = read_value(name, value, key.type, example(key))

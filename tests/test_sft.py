@@ -361,3 +361,28 @@ def test_a_layout_that_cannot_be_is_a_sentence(message, words, chats, tmp_path, 
 def test_rows_that_do_not_divide_are_a_sentence(chats, tmp_path, capsys):
     assert sft(tmp_path / "run", chats, "--ranks", "3") == 2
     assert "--batch 4 rows do not divide over 3 replicas" in capsys.readouterr().err
+
+
+def test_minutes_that_a_run_of_fixed_steps_cannot_use_are_said(chats, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert sft(run, chats, "--steps", "2") == 0
+    assert "is left out" not in capsys.readouterr().out
+    assert sft(run, chats, "--resume", "--minutes", "1") == 0
+    assert "--minutes 1 is left out: the run is of 2 steps" in capsys.readouterr().out
+
+
+def test_a_planned_run_trains_and_its_own_configuration_plans_no_more(chats, tmp_path, capsys):
+    assert sft(tmp_path / "run", chats, "--auto", "--profile", "l4", "--steps", "2") == 0
+    assert "planned: one device" in capsys.readouterr().out
+    effective = json.loads((tmp_path / "run" / "run.json").read_text())["sft"]
+    assert effective["auto"] == [] and effective["dp"] == 1
+
+
+def test_a_compression_that_goes_on_says_what_is_lost_and_a_step_for_none_is_refused(chats, tmp_path, capsys):
+    words = ("--compression", "onebit", "--freeze-step", "1")
+    assert sft(tmp_path / "run", chats, *words, "--steps", "2") == 0
+    assert "owed is in no checkpoint" not in capsys.readouterr().out
+    assert sft(tmp_path / "run", chats, *words, "--steps", "3", "--resume") == 0
+    assert "owed is in no checkpoint" in capsys.readouterr().out
+    assert sft(tmp_path / "other", chats, "--freeze-step", "1") == 2
+    assert "--compression is none" in capsys.readouterr().err

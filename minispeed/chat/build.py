@@ -23,9 +23,11 @@ from minispeed.errors import UserError
 from minispeed.model.gpt import GPT
 from minispeed.model.lora import lora_groups
 from minispeed.model.recompute import recompute
-from minispeed.precision import Precision, choose_precision
+from minispeed.precision import DTYPES, Precision, choose_precision
 from minispeed.scaler import LossScaler
 from minispeed.schedules import Schedule, warmup_then
+from minispeed.zero.frozen import adamw_for
+from minispeed.zero.onebit import compression_named
 from minispeed.zero.sharded import Offload
 
 CPU = torch.device("cpu")
@@ -143,6 +145,7 @@ def build_engine(options: SftOptions, chat: ChatModel, group: Group, schedule: S
         raise UserError(what, fix="--recompute attention, or no --compile")
     if options.compile:
         compile_blocks(model, options.zero)
+    compression = compression_named(options.compression, options.freeze_step)
     scaler = LossScaler.static(options.loss_scale) if options.loss_scale else LossScaler()
     return Engine(
         model,
@@ -158,6 +161,8 @@ def build_engine(options: SftOptions, chat: ChatModel, group: Group, schedule: S
         offload=Offload(
             states=CPU if options.offload_optimizer else None, parameters=CPU if options.offload_param else None
         ),
+        compression=compression,
+        optimizer=adamw_for(compression, lr=chosen.lr, betas=(0.9, 0.99)),
         schedule=schedule,
         lr=chosen.lr,
         weight_decay=chosen.weight_decay,
@@ -170,6 +175,8 @@ def build_engine(options: SftOptions, chat: ChatModel, group: Group, schedule: S
 def build_precision(options: SftOptions, group: Group) -> Precision:
     """Return the dtypes; gradients of a single micro-batch are not added up, and stay in the compute dtype."""
     chosen, precision = Chosen.of(options), choose_precision(options.dtype)
+    if options.reduce_dtype != "auto":
+        precision = replace(precision, reduce=DTYPES[options.reduce_dtype])
     is_one = chosen.batch // build_layout(options).mesh(group.size).dp <= chosen.micro_batch
     return replace(precision, accumulate=precision.compute) if is_one else precision
 

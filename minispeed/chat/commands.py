@@ -11,6 +11,7 @@ from minispeed.options import Options, option
 from minispeed.pipeline.schedule import SCHEDULES
 
 SIMULATING = "Simulating a pipeline"
+FIXED = "Choices that are made already"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,119 @@ class DoctorOptions(Options):
 
     json: bool = option(False, help="print JSON in place of the text")
     ranks: int = option(2, help="processes between which bandwidth is measured; 0 skips it", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(Options):
+    """Measure this machine with all its ranks busy: products, memory, operations, messages. Takes about a minute.
+
+    minispeed calibrate
+
+    The profile is what planning and simulating compute with: --profile measured.
+    """
+
+    ranks: list[int] = option([], help="numbers of ranks to measure with; 1 2 4, or as many as GPUs, if absent", low=1)
+    out: Path | None = option(
+        None, help="JSON file to write; ~/.cache/minispeed/profile.json when absent", metavar="FILE"
+    )
+    threads: int = option(0, help="threads of each rank; 0 shares the cores out, as in training", low=0)
+    quick: bool = option(False, help="see that all of it runs, in seconds; the figures mean nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateOptions(Options):
+    """Say how long a training step takes on machines that are not there, who waits for whom, and draw it.
+
+    minispeed simulate --model llama-3.2-1b --devices 64 --profile h100 --pp 4 --tp 4 --batch 256 --out step.svg
+
+    The machines are a published kind, a profile that `minispeed calibrate` wrote, or "measured": what it measured here.
+    A step is described by these options, by a block "simulate" of them in a JSON file (--config), or, what concerns
+    the batch, the dtype and ZeRO, by a DeepSpeed configuration (--deepspeed).
+    """
+
+    model: str = option(help="a preset: gpt2, gpt2-xl, llama-3.2-1b, ...", group="What is trained")
+    devices: int = option(8, help="devices of the cluster: dp x pp x sp x tp", low=1, group="On what")
+    profile: str = option(
+        "h100", help="v100, a100-40gb, a100-80gb, h100, h200, b200, l4, measured, or a file", group="On what"
+    )
+    deepspeed: Path | None = option(
+        None, help="a DeepSpeed configuration, in JSON", metavar="FILE", group="What is trained"
+    )
+    batch: int | None = option(
+        None,
+        help="rows per step, all ranks together; 4 micro-batches a stage when absent",
+        unit="rows",
+        low=1,
+        group="What is trained",
+    )
+    micro_batch: int | None = option(
+        None, help="rows that go through the model at once; 1 when absent", unit="rows", low=1, group="What is trained"
+    )
+    seq: int | None = option(
+        None,
+        help="length of a row; 1024 when absent, or less if the model reads less",
+        unit="tokens",
+        low=2,
+        group="What is trained",
+    )
+    dtype: str | None = option(
+        None,
+        help="of parameters and products; bf16 when absent, or fp16 where the machine has no bf16",
+        choices=("bf16", "fp16", "fp32", "fp64"),
+        group="What is trained",
+    )
+    recompute: str = option(
+        "none", help="none, all, attention, or every so many layers: computed again in the backward", group="How"
+    )
+    zero: int | None = option(None, help="ZeRO stage; 0 when absent", choices=(0, 1, 2, 3), group="How")
+    offload_optimizer: bool = option(False, help="masters and moments live, and step, on the CPU", group="How")
+    pp: int = option(1, help="ranks that share the model's depth: a pipeline", low=1, group="How")
+    pipeline_schedule: str = option("1f1b", help="in which order they compute", choices=tuple(SCHEDULES), group="How")
+    virtual_stages: int = option(1, help="stages on each rank of a pipeline: gpipe, interleaved", low=1, group="How")
+    sp: int = option(1, help="ranks that share each row's tokens", low=1, group="How")
+    sequence: str = option("ulysses", help="how they attend to each other's", choices=("ulysses", "ring"), group="How")
+    tp: int = option(1, help="ranks that share each layer's width", low=1, group="How")
+    sequence_parallel: bool = option(False, help="between the layers that tp cuts, cut by tokens", group="How")
+    out: Path | None = option(None, help="picture to write: .svg, .png or .pdf; drawn in letters when absent")
+    width: int = option(96, help="letters of a line of the timeline", low=8, high=1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(Options):
+    """Say which layout to train a model with: all of them ranked, and why each other loses. No accelerator is needed.
+
+    minispeed plan --model llama-3.2-1b --devices 8 --memory 24GB --seq 2048 --batch 128
+    """
+
+    model: str = option(help="a preset, the directory of a run or of a HuggingFace model, or a JSON file of a shape")
+    devices: int = option(help="how many share the work", low=1)
+    memory: str | None = option(None, help="of each device; the profile's if absent", metavar="24GB")
+    seq: int = option(help="length of a row", unit="tokens", low=2)
+    batch: int = option(help="rows per step, all devices together", unit="rows", low=1)
+    profile: str | None = option(
+        None,
+        help="how fast the devices are: h100, a100-80gb, ... or a file of `minispeed calibrate`; measured: its last; "
+        "the published one of about --memory if absent",
+        metavar="NAME|FILE",
+    )
+    dtype: str = option("bf16", help="of parameters and products", choices=("bf16", "fp16", "fp32", "fp64"))
+    attention: str | None = option(
+        None, help="which implementation; the model's if absent", choices=("fused", "tiled", "reference")
+    )
+    lora_rank: int = option(0, help="of adapters that alone are trained; 0: all is", low=0)
+    top: int = option(10, help="layouts to show", low=1)
+    out: Path | None = option(None, help="write the best as a configuration of `minispeed sft`", metavar="FILE")
+    json: bool = option(False, help="print JSON in place of the text")
+    dp: int | None = option(None, help="replicas: leave the rest open", low=1, group=FIXED)
+    pp: int | None = option(None, help="ranks that share the depth", low=1, group=FIXED)
+    sp: int | None = option(None, help="ranks that share each row", low=1, group=FIXED)
+    tp: int | None = option(None, help="ranks that share each layer's width", low=1, group=FIXED)
+    zero: int | None = option(None, help="ZeRO stage", choices=(0, 1, 2, 3), group=FIXED)
+    micro_batch: int | None = option(None, help="rows at once", low=1, group=FIXED)
+    recompute: str | None = option(None, help="none, all, attention, or every so many layers", group=FIXED)
+    offload: str | None = option(None, help="to the host", choices=("none", "optimizer", "all"), group=FIXED)
+    pipeline_schedule: str | None = option(None, help="of a pipeline", choices=tuple(SCHEDULES), group=FIXED)
+    sequence: str | None = option(None, help="attention over cut rows", choices=("ulysses", "ring"), group=FIXED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +383,24 @@ def doctor(options: DoctorOptions) -> int:
     from minispeed.chat.doctor import doctor
 
     return doctor(options)
+
+
+def calibrate(options: CalibrateOptions) -> int:
+    from minispeed.chat.calibrate import calibrate
+
+    return calibrate(options)
+
+
+def simulate(options: SimulateOptions) -> int:
+    from minispeed.chat.simulate import simulate
+
+    return simulate(options)
+
+
+def plan(options: PlanOptions) -> int:
+    from minispeed.chat.plan import plan
+
+    return plan(options)
 
 
 def explain(options: ExplainOptions) -> int:

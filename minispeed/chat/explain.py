@@ -8,15 +8,13 @@ Letters: N ranks.
 """
 
 import json
-import re
 
 from minispeed.chat.commands import ExplainOptions
 from minispeed.config import Config, read_config, values_of
 from minispeed.config.page import page
 from minispeed.errors import UserError
 from minispeed.ledger import Widths, held, sent
-
-SIZES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+from minispeed.sizes import parse_count
 
 
 def explain(options: ExplainOptions) -> int:
@@ -39,11 +37,11 @@ def explain(options: ExplainOptions) -> int:
 
 def read_count(text: str) -> int:
     """Return a number of parameters that is written like 124M or 1.3B."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kKMBGT]?)", text.replace("_", "").replace(",", ""))
-    count = round(float(found[1]) * SIZES[found[2].upper()]) if found else 0
-    if not count:
-        raise UserError(f"--parameters must be a number such as 124M or 1.3B; got {text!r}", fix="--parameters 124M")
-    return count
+    try:
+        return parse_count(text)
+    except UserError:
+        what = f"--parameters must be a number such as 124M or 1.3B; got {text!r}"
+        raise UserError(what, fix="--parameters 124M") from None
 
 
 def value_lines(config: Config) -> list[str]:

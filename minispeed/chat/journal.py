@@ -35,6 +35,8 @@ class Journal:
     def __init__(self, run: RunDirectory, *, is_heard: bool) -> None:
         self.run, self.is_heard = run, is_heard
         self.bar = tqdm(disable=True)
+        self.mfu: Callable[[Report, float], float] = lambda report, seconds: 0.0  # 0: nobody knows
+        self.used: list[float] = []  # the MFU of each step
         self.waiting: list[tuple[str, dict[str, Any]]] = []  # lines that the disk had no room for
 
     def say(self, text: str) -> None:
@@ -111,7 +113,9 @@ class Journal:
         rate = report.num_tokens / seconds
         figures = {"step": step, **vars(report), "seconds": seconds, "tokens_per_second": rate}
         self.append(METRICS, {**figures, "tasks": tasks})
-        self.bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        self.used.append(self.mfu(report, seconds))
+        used = f", MFU {self.used[-1]:.1%}" if self.used[-1] else ""
+        self.bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tokens/s{used}", refresh=False)
         self.bar.update()
 
     def close(self, step: int, seconds: float) -> None:
@@ -122,7 +126,9 @@ class Journal:
         for path in draw_run(self.run.path, metrics, samples):
             self.say(f"drawn: {path}")
         rate = statistics.median(record["tokens_per_second"] for record in metrics if "norm" in record)
-        self.say(f"{step} steps, {seconds:.0f} s, {rate:,.0f} tokens/s; the model is {self.run.path}")
+        used = statistics.median(self.used) if self.used else 0.0
+        told = f", MFU {used:.1%}" if used else ""
+        self.say(f"{step} steps, {seconds:.0f} s, {rate:,.0f} tokens/s{told}; the model is {self.run.path}")
         self.say(f"talk to it: minispeed chat {self.run.path}")
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
+from minispeed.chat.auto import open_ones, plan_run
 from minispeed.chat.defaults import Choice, count_ranks, fill_in
 from minispeed.chat.interrupts import ended_by_sigterm, signals_left_to_ranks
 from minispeed.chat.opening import model_folder, open_model_and_data
 from minispeed.chat.preflight import clear
 from minispeed.chat.run import RunDirectory, has_checkpoints, use_threads
-from minispeed.chat.sft_options import SftOptions
+from minispeed.chat.sft_options import FREEZE_STEP, SftOptions
 from minispeed.chat.show import report_text
 from minispeed.chat.tracing import Tracer
 from minispeed.chat.trainer import Trainer
@@ -40,6 +41,8 @@ def sft(options: SftOptions) -> int:
     check_options(options, is_again=is_again)
     if under_torchrun():
         return launch(run_rank, options, ranks=options.ranks if options.ranks and options.ranks > 1 else None)[0]
+    if options.auto and options.ranks is None:
+        options = replace(options, ranks=max(1, torch.cuda.device_count()))
     options = count_ranks(options)
     assert options.ranks is not None
     if options.ranks == 1:
@@ -74,6 +77,9 @@ def check_options(options: SftOptions, *, is_again: bool = False) -> None:
     if model_folder(options) is not None:
         check_old_model(options)
     check_adapters(options)
+    if options.freeze_step != FREEZE_STEP and options.compression == "none":
+        what = f"--freeze-step {options.freeze_step} is when compression begins, and --compression is none"
+        raise UserError(what, fix="--compression onebit, or no --freeze-step")
     if options.sequence_parallel and options.tp == 1:
         raise UserError("--sequence-parallel cuts among the ranks of --tp, which is 1", fix="--tp 2")
     if options.pipeline_schedule != "1f1b" and options.pp == 1:
@@ -114,26 +120,37 @@ def _train(world: World, options: SftOptions) -> int:
     tracer, run = Tracer(options.trace, options.trace_steps), RunDirectory(options.out)
     group = tracer.wrap(world.group)
     threads = use_threads(options.threads, ranks=group.size)
+    asked = options.minutes
     if options.resume:
         options = recall(options)
     options = count_ranks(replace(options, ranks=group.size))
     opened = open_model_and_data(options, world.device) if group.rank == 0 else None
     barrier(group)  # the others find the data tokenised
     chat, prepared, from_scratch = opened or open_model_and_data(options, world.device)
+    planned = open_ones(options)
     options, choices = fill_in(options, chat.model.config, from_scratch=from_scratch)
     if options.dropout is None:
         options = replace(options, dropout=chat.model.config.dropout)
         choices.append(Choice("dropout", options.dropout, "the model's own"))
     precision = agree_on_precision(options.dtype, group)
-    options = replace(options, dtype=precision.name, threads=threads)
+    options, plan_lines = replace(options, dtype=precision.name, threads=threads), list[str]()
+    if planned:
+        choices = [choice for choice in choices if choice.name not in planned]
+        config, device = chat.model.config, world.device
+        options, plan_lines = plan_run(options, config, planned=planned, devices=group.size, device=device)
     num_parameters = sum(p.numel() for p in chat.model.parameters())
     trainer = Trainer(options, run, chat, prepared, group, tracer)
+    if asked is not None and options.minutes is None:
+        end = f"{options.steps} steps" if options.steps else f"{options.epochs} epochs"
+        trainer.say(f"--minutes {asked:g} is left out: the run is of {end}")
     for line in [
         report_text(prepared.report),
         f"model {options.model}: {num_parameters / 1e6:.2f}M parameters",
         *chat.notes,
         *map(str, choices),
         f"--dtype {precision.name}: {precision.reason}",
+        *plan_lines,
+        *owed_lines(options),
     ]:
         trainer.say(line)
     if options.dry_run:
@@ -143,6 +160,14 @@ def _train(world: World, options: SftOptions) -> int:
         run.create(resume=options.resume)
     barrier(group)
     return trainer.train()
+
+
+def owed_lines(options: SftOptions) -> list[str]:
+    """Return what to say of a compression that goes on from a checkpoint, which has not what it owes."""
+    if options.compression == "none" or not options.resume:
+        return []
+    what = f"--compression {options.compression}: what the ranks still owed is in no checkpoint and is lost"
+    return [f"{what}; gradients travel in full for {options.freeze_step} updates again"]
 
 
 def backend_for(ranks: int) -> Backend:

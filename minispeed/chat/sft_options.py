@@ -12,6 +12,11 @@ from minispeed.pipeline.schedule import SCHEDULES
 
 MODEL, LEARNING, DATA, RUNNING, WRITING = "Model", "Learning", "Data", "Running", "Writing"
 MEMORY, LAYOUT, LORA = "Memory and messages", "Ranks", "LoRA"
+FREEZE_STEP = 100
+PLANNED = (
+    *("dp", "pp", "sp", "tp", "zero", "micro_batch", "pipeline_schedule", "virtual_stages", "sequence"),
+    *("sequence_parallel", "recompute", "offload_optimizer", "offload_param"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,13 @@ class SftOptions(Options):
         None, by_case=True, help="rows per step, all ranks together", unit="rows", low=1, group=LEARNING
     )
     micro_batch: int | None = option(
-        None, by_case=True, help="rows that go through the model at once", unit="rows", low=1, group=LEARNING
+        None,
+        by_case=True,
+        help="rows that go through the model at once",
+        unit="rows",
+        low=1,
+        open_to="auto",
+        group=LEARNING,
     )
     lr: float | None = option(None, by_case=True, help="learning rate at its highest", low=0, group=LEARNING)
     warmup: int | None = option(
@@ -101,16 +112,41 @@ class SftOptions(Options):
     ranks: int | None = option(
         None, by_case=True, help="processes on this machine that share the work: dp x pp x sp x tp", low=1, group=LAYOUT
     )
-    dp: int | None = option(None, by_case=True, help="replicas of the model, or ZeRO's shards", low=1, group=LAYOUT)
-    zero: int = option(0, help="ZeRO stage: what the replicas cut among them", choices=(0, 1, 2, 3), group=LAYOUT)
-    pp: int = option(1, help="ranks that share the model's depth: a pipeline", low=1, group=LAYOUT)
-    pipeline_schedule: str = option("1f1b", help="in which order they compute", choices=tuple(SCHEDULES), group=LAYOUT)
-    virtual_stages: int = option(1, help="stages on each rank of a pipeline: gpipe, interleaved", low=1, group=LAYOUT)
-    sp: int = option(1, help="ranks that share each row's tokens", low=1, group=LAYOUT)
-    sequence: str = option("ulysses", help="how they attend to each other's", choices=("ulysses", "ring"), group=LAYOUT)
-    tp: int = option(1, help="ranks that share each layer's width", low=1, group=LAYOUT)
+    auto: list[str] = option(
+        [],
+        help="let the planner choose how ranks share the work: all that is not said, or these options (or --zero auto)",
+        bare="all",
+        choices=("all", *PLANNED),
+        metavar="NAME...",
+        group=LAYOUT,
+    )
+    profile: str | None = option(
+        None,
+        help="how fast this machine is, for --auto and MFU: a file of `minispeed calibrate`, measured (its last), "
+        "h100, a100-80gb, ...; the measured one, or this GPU's, if absent",
+        metavar="NAME|FILE",
+        group=LAYOUT,
+    )
+    dp: int | None = option(
+        None, by_case=True, help="replicas of the model, or ZeRO's shards", low=1, open_to="auto", group=LAYOUT
+    )
+    zero: int = option(
+        0, help="ZeRO stage: what the replicas cut among them", choices=(0, 1, 2, 3), open_to="auto", group=LAYOUT
+    )
+    pp: int = option(1, help="ranks that share the model's depth: a pipeline", low=1, open_to="auto", group=LAYOUT)
+    pipeline_schedule: str = option(
+        "1f1b", help="in which order they compute", choices=tuple(SCHEDULES), open_to="auto", group=LAYOUT
+    )
+    virtual_stages: int = option(
+        1, help="stages on each rank of a pipeline: gpipe, interleaved", low=1, open_to="auto", group=LAYOUT
+    )
+    sp: int = option(1, help="ranks that share each row's tokens", low=1, open_to="auto", group=LAYOUT)
+    sequence: str = option(
+        "ulysses", help="how they attend to each other's", choices=("ulysses", "ring"), open_to="auto", group=LAYOUT
+    )
+    tp: int = option(1, help="ranks that share each layer's width", low=1, open_to="auto", group=LAYOUT)
     sequence_parallel: bool = option(
-        False, help="between the layers that tp cuts, cut by tokens (Megatron's)", group=LAYOUT
+        False, help="between the layers that tp cuts, cut by tokens (Megatron's)", open_to="auto", group=LAYOUT
     )
     bucket: int | None = option(
         None,
@@ -119,15 +155,41 @@ class SftOptions(Options):
         low=1,
         group=MEMORY,
     )
+    reduce_dtype: str = option(
+        "auto",
+        help="gradients are summed over ranks in it; auto: the --dtype",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        group=MEMORY,
+    )
+    compression: str = option(
+        "none",
+        help="onebit: gradients travel as signs, what that leaves out is added to the next; stages 0 and 1, not fp16",
+        choices=("none", "onebit"),
+        group=MEMORY,
+    )
+    freeze_step: int = option(
+        FREEZE_STEP,
+        help="onebit: so many updates are made in full before, also after --resume; then AdamW's second moment stays",
+        unit="steps",
+        low=0,
+        group=MEMORY,
+    )
     overlap: bool = option(True, help="compute goes on while gradients are summed", group=MEMORY)
     prefetch: int = option(
         0, help="stage 3: gather the next layers, this many, while one computes", unit="elements", low=0, group=MEMORY
     )
     persistence: int = option(0, help="stage 3: smaller layers stay whole", unit="elements", low=0, group=MEMORY)
-    offload_optimizer: bool = option(False, help="masters and moments live, and step, on the CPU", group=MEMORY)
-    offload_param: bool = option(False, help="stage 3: shards of parameters live on the CPU", group=MEMORY)
+    offload_optimizer: bool = option(
+        False, help="masters and moments live, and step, on the CPU", open_to="auto", group=MEMORY
+    )
+    offload_param: bool = option(
+        False, help="stage 3: shards of parameters live on the CPU", open_to="auto", group=MEMORY
+    )
     recompute: str = option(
-        "none", help="none, all, attention, or every so many layers: computed again in the backward", group=MEMORY
+        "none",
+        help="none, all, attention, or every so many layers: computed again in the backward",
+        open_to="auto",
+        group=MEMORY,
     )
     compile: bool = option(False, help="let torch.compile fuse each layer; stages 0 to 2", group=RUNNING)
     loss_scale: float = option(0.0, help="of fp16; 0 finds it while training", low=0, group=RUNNING)

@@ -16,6 +16,7 @@ from minispeed.chat.clock import Clock, sample_is_due
 from minispeed.chat.evaluate import Loss, by_name, by_task, share_of
 from minispeed.chat.examine import Examiner, deciding
 from minispeed.chat.interrupts import deferred_stop, exit_code
+from minispeed.chat.job import job_of, memory_table, mfu_of
 from minispeed.chat.journal import Journal
 from minispeed.chat.preflight import Preflight, most_kept
 from minispeed.chat.prepared import Prepared
@@ -30,7 +31,9 @@ from minispeed.collective.group import Group
 from minispeed.collective.numbers import any_of
 from minispeed.engine import Report
 from minispeed.errors import UserError
-from minispeed.runner import MicroBatch
+from minispeed.ledger.measure import measure
+from minispeed.ledger.memory import memory
+from minispeed.runner import MicroBatch, Observe
 from minispeed.scaler import LossScaler
 from minispeed.snapshot import given_by
 
@@ -59,6 +62,7 @@ class Trainer:
         self.examiner = Examiner(
             options, chat, prepared, held_out, self.engine, self.journal, micro_batch=chosen.micro_batch
         )
+        self.journal.mfu = mfu_of(options, chat.model.config, group.size, self.engine.device)
         self.saver = RunSaver(options, run, self.engine, self.journal)
         self.progress = Progress()
 
@@ -148,7 +152,7 @@ class Trainer:
         start = time.perf_counter()
         rows = self.next_rows()
         with self.tracer.step(self.engine):
-            report = self.engine.train_step(rows, observe)
+            report = self.make_step(rows, observe)
         losses = by_name(seen, tasks, self.group)
         seconds = time.perf_counter() - start
         progress.advance(self.rows.steps_per_epoch(progress.epoch))
@@ -158,6 +162,19 @@ class Trainer:
         per_token = {task: loss.per_token for task, loss in losses.items()}
         self.journal.record_update(self.engine.step, report, seconds, per_token)
         self.check(report)
+
+    def make_step(self, rows: list[MicroBatch], observe: Observe) -> Report:
+        """Make one update; in the second, when all states are there, see what rank 0 holds beside what it was to."""
+        if self.engine.step != 1 or self.group.rank or self.options.compile or self.options.trace:
+            return self.engine.train_step(rows, observe)
+        reports: list[Report] = []
+        found = measure(self.engine, lambda: reports.append(self.engine.train_step(rows, observe)))
+        (report,) = reports
+        supervised = report.num_supervised / (self.chosen.batch * self.chosen.seq)
+        job = job_of(self.options, self.chat.model.config, self.group.size, supervised=supervised)
+        for line in memory_table(memory(job), found):
+            self.say(line)
+        return report
 
     def fix_total(self) -> None:
         """Fix the number of steps if the pace is known, and with it how the learning rate falls."""

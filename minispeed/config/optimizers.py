@@ -75,7 +75,7 @@ OPTIMIZERS: dict[str, Mapping[str, Key] | None] = {
     "SGD": SGD,
     **{name: None for name in "Adadelta Adagrad Adamax ASGD NAdam RAdam RMSprop Rprop".split()},
 }
-_ONE_BIT = "messages of one bit are not here"
+_ONE_BIT = 'gradients travel in one bit by "compression": "onebit", beside AdamW, and momenta do not'
 _MUP = "the rates of maximal update parametrisation are not here"
 NOT_MADE = {
     "OneBitAdam": _ONE_BIT,

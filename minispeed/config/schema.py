@@ -227,6 +227,19 @@ class Config:
         POSITIVE, 1.0, "gradients are divided by this before they are summed, and by the rest of the ranks after"
     )
     communication_data_type: str = honoured(maybe(DTYPE), None, "gradients travel in it", derived="the compute dtype")
+    compression: str = honoured(
+        choice("none", "onebit"),
+        "none",
+        "a key of our own. onebit: gradients travel as signs, and what that leaves out is added to the next ones; "
+        "stages 0 and 1, not with fp16",
+    )
+    compression_freeze_step: int = honoured(
+        COUNT,
+        0,
+        "a key of our own. onebit: so many updates are made before, and after a checkpoint is loaded, in "
+        "communication_data_type; an AdamW that is named here then keeps its second moment; 0: from the first on, and "
+        "it does not",
+    )
     steps_per_print: int | None = honoured(maybe(ONE_OR_MORE), None, "steps between lines of progress; null: none")
     wall_clock_breakdown: bool = honoured(BOOLEAN, False, "seconds of forward, backward and step are printed")
     memory_breakdown: bool = honoured(BOOLEAN, False, "memory in use is printed around forward, backward and step")

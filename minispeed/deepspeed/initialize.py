@@ -37,6 +37,8 @@ from minispeed.optim import SGD, Adam, AdamW
 from minispeed.precision import DTYPES, Precision
 from minispeed.scaler import LossScaler
 from minispeed.zero.absent import owner_of
+from minispeed.zero.frozen import adamw_for
+from minispeed.zero.onebit import compression_named
 from minispeed.zero.sharded import Offload
 from minispeed.zero.unit import ShardedUnit
 
@@ -203,6 +205,7 @@ def _make_core(model: nn.Module, sharing: Sharing, settings: Config, optimizer: 
         ),
         divisor=sharing.replicas * settings.batch.accumulation,
         predivide=sharing.replicas if settings.prescale_gradients else settings.gradient_predivide_factor,
+        compression=compression_named(settings.compression, settings.compression_freeze_step),
     )
     sharing.settle(core)
     return core
@@ -246,6 +249,8 @@ def _maker(settings: Config) -> Maker:
     """Return what makes the configuration's optimizer of parameter groups."""
     assert settings.optimizer is not None
     kind, params = settings.optimizer.type, dict(settings.optimizer.params)
+    if kind == "AdamW":
+        return adamw_for(compression_named(settings.compression, settings.compression_freeze_step), **params)
     return lambda groups: (OURS.get(kind) or getattr(torch.optim, kind))(groups, **params)
 
 

@@ -82,7 +82,7 @@ class Job:
         """Micro-batches of a step, of one replica; the last may be shorter."""
         return -(-self.replica_rows // self.micro_batch)
 
-    @property
+    @cached_property
     def widths(self) -> Widths:
         """Bytes of an element, by what it is kept for."""
         accumulate = self.accumulate or (self.dtype if self.micros == 1 else None)

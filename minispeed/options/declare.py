@@ -45,6 +45,8 @@ class Option(NamedTuple):
     high: float | None = None
     positional: bool = False
     by_case: bool = False
+    bare: Any = MISSING
+    open_to: str = ""
     name: str = ""
     kind: Kind = Kind(str)
     default: Any = MISSING
@@ -96,6 +98,8 @@ def option(default: Any = MISSING, *, help: str, choices: Iterable[Any] = (), **
     group       the heading that help lists it under
     low, high   bounds, both of them allowed
     by_case     whether an option that is not set takes a value from the case
+    bare        what the flag stands for where no value follows it
+    open_to     the option, a list, that takes this one's name where its value is "auto"
     positional  typed without its flag, in the order of the fields; the last may be a list, and takes the rest
     """
     default = tuple(default) if isinstance(default, list) else default

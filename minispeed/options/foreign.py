@@ -24,7 +24,7 @@ FOREIGN = {  # ours, with the value to give it where that is not the same: their
     "dtype": "precision torch_dtype mixed_precision",
     "dtype bf16": "bf16",
     "attention": "attn_implementation attention_type",
-    "ranks": "nproc_per_node num_processes num_gpus world_size devices",
+    "ranks": "nproc_per_node num_processes num_gpus world_size",
     "eval_every": "eval_steps eval_interval",
     "save_every": "save_steps save_interval checkpoint_interval",
     "resume": "resume_from_checkpoint resume_from",

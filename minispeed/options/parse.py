@@ -18,6 +18,7 @@ from minispeed.options.declare import Option, Options, command_of, options_of, r
 from minispeed.options.foreign import FOREIGN
 from minispeed.options.page import EVERYWHERE, help_text, usage
 
+AUTO = "auto"  # the value of an option that is left to whoever its `open_to` names
 PROVENANCE = "provenance"  # the block in which a run's config file says where it came from; no command reads it
 
 Chosen = TypeVar("Chosen", bound=Options)
@@ -98,9 +99,14 @@ def _flag(word: str, words: deque[str], table: Mapping[str, Option], command: st
             raise UserError(what, fix=f"{spec.flag} or --no-{spec.flag[2:]}, without a value")
         return spec, True if name == spec.name else spec.off
     if not equals and (not words or words[0].startswith("--")):
+        if spec.bare is not MISSING:
+            return spec, spec.bare
         what = f"{flag} takes a value, but {words[0] + ' follows it' if words else 'nothing follows it'}"
         raise UserError(what, fix=f"{flag}={spec.value_name}")
-    return spec, _read_text(text if equals else words.popleft(), spec, spec.flag)
+    text = text if equals else words.popleft()
+    return (
+        (table[spec.open_to], spec.name) if spec.open_to and text == AUTO else (spec, _read_text(text, spec, spec.flag))
+    )
 
 
 def _placed(loose: list[str], cls: type[Options]) -> dict[str, list[Any]]:
@@ -171,15 +177,18 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_block(cls: type[Options], block: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Check a block's keys and values, and give the values their types."""
-    table, values = options_of(cls), dict[str, Any]()
+    table, values, opened = options_of(cls), dict[str, Any](), dict[str, list[str]]()
     for key, value in block.items():
         name, label = key.replace("-", "_"), f'"{key}" (in the block "{command_of(cls)}" of {where})'
         if name not in table:
             raise _unknown(label, name, table, command_of(cls), lambda spec: f'"{spec.name}":')
         if name in values:
             raise UserError(f"{label} is there twice, once with - and once with _", fix="giving it once")
-        values[name] = read(value, table[name], label, f'"{name}": {{}}')
-    return values
+        if table[name].open_to and value == AUTO:
+            opened.setdefault(table[name].open_to, []).append(name)
+        else:
+            values[name] = read(value, table[name], label, f'"{name}": {{}}')
+    return values | {name: [*values.get(name, ()), *names] for name, names in opened.items()}
 
 
 def _unknown(

@@ -21,6 +21,7 @@ from minispeed.errors import UserError
 from minispeed.layout import FlatLayout
 from minispeed.zero.absent import plainly
 from minispeed.zero.rooms import Rooms
+from minispeed.zero.summing import Compression, Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +59,27 @@ class DataParallelUnit:
         dtypes: Dtypes,
         rooms: Rooms,
         predivide: float,
+        compression: Compression,
     ) -> None:
         """Hold nothing yet.
 
-        rooms      memory for gradients on their way, shared by the units of a model
-        predivide  what gradients are divided by on their way to the sum
+        rooms        memory for gradients on their way, shared by the units of a model
+        predivide    what gradients are divided by on their way to the sum
+        compression  how they travel
         """
         self.parameters, self.group, self.stage, self.dtypes = parameters, group, stage, dtypes
         self.whole = stage == 0  # the sum is not cut: every rank updates everything
         self.layout = FlatLayout.of(parameters, 1 if self.whole else group.size)
         self.device = next(iter(parameters.values())).device
-        self.predivide = predivide
+        reduce, exact = dtypes.reduce, dtypes.master
+        wire = Wire(group=group, layout=self.layout, whole=self.whole, reduce=reduce, exact=exact, predivide=predivide)
+        self.summing = compression.summing(wire)
         self.full: Tensor | None = None
         self.gradient: Tensor | None = None
         self._rooms = rooms
         self._room: Tensor | None = None
-        # the call, the room of the gradients, what is sent, my part of the sum
-        self._reducing: tuple[Work, Tensor, Tensor, Tensor] | None = None
+        # the call, the room of the gradients, my part of the sum
+        self._reducing: tuple[Work, Tensor, Tensor] | None = None
 
     @property
     def has_gradients(self) -> bool:
@@ -139,21 +144,15 @@ class DataParallelUnit:
         """Start to sum the collected gradients over the group; `settle` keeps my shard and frees the rest.
 
         Reads  full, (P,); None counts as zeros. Additive: call it again
-        Sends  S (N - 1) elements per rank (reduce-scatter); at stage 0 an all-reduce
+        Sends  S (N - 1) elements per rank (reduce-scatter), at stage 0 an all-reduce; or as `compression` says
         """
         self.settle()
         self.collect()
         assert self.full is not None
         with plainly():
-            sent = self.full.to(self.dtypes.reduce)
-            if self.predivide != 1.0:
-                sent.div_(self.predivide)
             room, self.full = self.full, None
-            if self.whole:
-                self._reducing = self.group.all_reduce(sent), room, sent, sent
-            else:
-                mine = sent.new_empty(self.layout.shard_size)
-                self._reducing = self.group.reduce_scatter(mine, sent), room, sent, mine
+            work, mine = self.summing.start(room)
+            self._reducing = work, room, mine
 
     def settle(self) -> None:
         """Wait for the sum that `reduce` started, and add my shard of it up.
@@ -162,10 +161,10 @@ class DataParallelUnit:
         """
         if self._reducing is None:
             return
-        work, room, _, mine = self._reducing
-        work.wait()
+        work, room, mine = self._reducing
         self._reducing = None
         with plainly():
+            work.wait()
             wide = mine.to(self.dtypes.gradient)
             self.gradient = wide if self.gradient is None else self.gradient.add_(wide)
         if self.stage >= 2:
@@ -174,6 +173,7 @@ class DataParallelUnit:
     def forget(self) -> None:
         """Drop the gradients, summed or not."""
         self.settle()
+        self.summing.undo()
         self.gradient = self.full = None
         with plainly():
             for p in self.parameters.values():

@@ -25,6 +25,7 @@ from minispeed.errors import UserError
 from minispeed.zero.division import buckets_of, check_names, units_of
 from minispeed.zero.reduction import Look, Reduction
 from minispeed.zero.rooms import Rooms
+from minispeed.zero.summing import Compression, InFull
 from minispeed.zero.table import TABLE, check_stage
 from minispeed.zero.unit import Dtypes, ShardedUnit
 from minispeed.zero.watch import Touching, tensors_in, touching_saved
@@ -64,6 +65,7 @@ class ShardedModel:
         persistence: int = 0,
         offload: Offload = Offload(),
         predivide: float = 1.0,
+        compression: Compression = InFull(),
         alone: Collection[str] = (),
     ) -> None:
         """Take over the module's parameters.
@@ -78,11 +80,13 @@ class ShardedModel:
         prefetch      stage 3: elements of the next units that are gathered while one computes
         persistence   stage 3: a unit of fewer elements stays whole, as at stage 2
         predivide     what gradients are divided by on their way to the sum
+        compression   how they travel to it
         alone         names of parameters that are a unit each, whatever the division
         Raises        UserError if a name is in no unit, or in two
         """
         self.module, self.group, self.stage = module, group, check_stage(stage)
         self.dtypes, self.prefetch = dtypes, prefetch
+        compression.check(stage, (dtypes.compute, dtypes.reduce))
         parameters = dict(module.named_parameters())
         for name, p in parameters.items():
             if not p.is_floating_point():
@@ -121,6 +125,7 @@ class ShardedModel:
                     on_read=self._on_read,
                     rooms=self.rooms,
                     predivide=predivide,
+                    compression=compression,
                 )
                 self._adopt(unit, modules.get(where))
         self._hooks += [
@@ -133,6 +138,7 @@ class ShardedModel:
         self._runs: list[contextlib.ExitStack] = []  # of the whole module's forward that are under way
         self._order: list[ShardedUnit] = []  # of the first forward
         self._order_is_known = False
+        self._used: set[ShardedUnit] = set()  # in this run: what follows a second use has been asked for
 
     def _adopt(self, unit: ShardedUnit, home: nn.Module | None) -> None:
         """Hook a unit's moments to its module and parameters."""
@@ -197,8 +203,9 @@ class ShardedModel:
         if unit not in self._order:
             self._order.append(unit)
         unit.at("before backward" if self._in_backward else "before forward")
-        if self.prefetch and self._order_is_known and unit.stage == 3:
+        if self.prefetch and self._order_is_known and unit.stage == 3 and unit not in self._used:
             self._ask_for_next(unit)
+        self._used.add(unit)
 
     def _ask_for_next(self, unit: ShardedUnit) -> None:
         order = self._order[::-1] if self._in_backward else self._order
@@ -218,6 +225,7 @@ class ShardedModel:
                 stack.enter_context(Touching(self.touch))
                 stack.enter_context(self._saving())
             self._is_running = True
+            self._used.clear()
             try:
                 yield
             finally:
@@ -312,6 +320,7 @@ class ShardedModel:
     def _begin(self) -> None:
         self.num_backwards += 1
         self.reduction.begin(self._order)
+        self._used.clear()
         self._in_backward = True
 
     def _stop(self) -> None:
@@ -352,6 +361,8 @@ class ShardedModel:
         changed = [unit for unit in self.units if unit.trainable or frozen]
         for unit in changed:
             unit.publish()
+            if frozen:
+                unit.summing.restart()
             if TABLE["after step"][unit.stage]:
                 unit.start_unshard()
         for unit in changed:

@@ -28,6 +28,7 @@ from minispeed.layout import Interval
 from minispeed.zero.absent import classes, owner_of, plainly
 from minispeed.zero.gradients import DataParallelUnit, Dtypes
 from minispeed.zero.rooms import Rooms
+from minispeed.zero.summing import Compression, InFull
 from minispeed.zero.table import TABLE
 
 
@@ -52,22 +53,25 @@ class ShardedUnit(DataParallelUnit):
         on_read: Callable[["ShardedUnit"], bool] = lambda unit: False,
         rooms: Rooms | None = None,
         predivide: float = 1.0,
+        compression: Compression = InFull(),
     ) -> None:
         """Copy the parameters into a flat buffer; from now on each is a view of it.
 
-        parameters  one mapping per parameter group, all frozen or all trainable; may be empty
-        states_on   where masters and moments live when they are offloaded; None: with the parameters
-        shard_on    where a released unit's shard lives when it is offloaded; None: with the parameters
-        rooms       memory for gradients on their way, shared by the units of a model
-        predivide   what gradients are divided by on their way to the sum
-        on_read     called when somebody reads a released parameter: unshards the unit, or returns False to refuse
-        Holds       P (or, at stage 3, S) in compute dtype, S masters where their dtype or place is another
+        parameters   one mapping per parameter group, all frozen or all trainable; may be empty
+        states_on    where masters and moments live when they are offloaded; None: with the parameters
+        shard_on     where a released unit's shard lives when it is offloaded; None: with the parameters
+        rooms        memory for gradients on their way, shared by the units of a model
+        predivide    what gradients are divided by on their way to the sum
+        compression  how they travel
+        on_read      called when somebody reads a released parameter: unshards the unit, or returns False to refuse
+        Holds        P (or, at stage 3, S) in compute dtype, S masters where their dtype or place is another
         """
         by_name = {name: p for of_group in parameters for name, p in of_group.items()}
         for p in by_name.values():
             if (owner := owner_of(p)) is not None:  # it was born in pieces
                 owner.unshard()
-        super().__init__(by_name, group, stage=stage, dtypes=dtypes, rooms=rooms or Rooms(), predivide=predivide)
+        how: dict[str, Any] = dict(rooms=rooms or Rooms(), predivide=predivide, compression=compression)
+        super().__init__(by_name, group, stage=stage, dtypes=dtypes, **how)
         self.trainable = any(p.requires_grad for p in by_name.values())
         self.part = 0 if self.whole else group.rank
         self.moved = 0
@@ -206,6 +210,7 @@ class ShardedUnit(DataParallelUnit):
     @torch.no_grad()
     def publish(self) -> None:
         """Round my masters into my shard of the buffer, and of a buffer that stays whole make it whole again."""
+        self.summing.keep()
         if self.master is not self.shard:
             self._move(self.master, self.shard, self.has_states_away)
         if self.stage == 3 and not self.is_released:

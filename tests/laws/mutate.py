@@ -141,9 +141,9 @@ MUTATIONS = [
     ),
     Mutation(
         "all-reduce the largest in place of the sum",
-        GRADIENTS,
-        "self.group.all_reduce(sent), room",
-        'self.group.all_reduce(sent, "max"), room',
+        "minispeed/zero/summing.py",
+        "wire.group.all_reduce(sent), sent",
+        'wire.group.all_reduce(sent, "max"), sent',
         LATTICE,
     ),
     Mutation(
@@ -489,8 +489,8 @@ MUTATIONS = [
     Mutation(
         "read a piece from its begin, however little is wanted",
         "minispeed/checkpoint/tensors.py",
-        "first = wanted.start // self.block",
-        "first = 0",
+        "range(wanted.start // self.block, -(-wanted",
+        "range(0, -(-wanted",
         "tests/test_checkpoint.py",
     ),
     Mutation(

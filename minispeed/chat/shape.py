@@ -1,0 +1,36 @@
+"""Find a model's shape by its name: a preset, a run, a HuggingFace directory, or a JSON file of our fields."""
+
+import json
+from pathlib import Path
+
+from minispeed.errors import UserError, nearest
+from minispeed.model.config import GPTConfig
+from minispeed.model.hf.config import is_hf, read_config
+from minispeed.model.presets import PRESETS
+
+CONFIG = "config.json"  # of a run, in its directory
+
+
+def shape_of(name: str) -> GPTConfig:
+    """Return the shape of a model that is named as `minispeed sft --model` names it.
+
+    Raises  UserError naming the nearest preset, or the file that is none
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name).expanduser()
+    if path.is_dir() and is_hf(path):
+        return read_config(path)
+    file = path / CONFIG if path.is_dir() else path
+    if not file.is_file():
+        known = ", ".join(PRESETS)
+        what = f"no preset is called {name!r}, and no model is there; presets: {known}"
+        raise UserError(what, fix=f"--model {nearest(name, PRESETS) or 'tiny'}, or a model's directory")
+    if is_hf(file.parent) and file.name == CONFIG:
+        return read_config(file.parent)
+    try:
+        return GPTConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is not a model's configuration: {error}") from error
