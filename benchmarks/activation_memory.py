@@ -33,7 +33,6 @@ from report import report, table
 from minispeed.collective.group import Group
 from minispeed.collective.threads import run_threads
 from minispeed.ledger.activations import Case, closed_form
-from minispeed.model.config import GPTConfig
 from minispeed.model.gpt import GPT
 from minispeed.model.presets import preset
 from minispeed.model.recompute import recompute

@@ -114,6 +114,18 @@ def test_without_a_pipeline_an_estimate_is_what_simulating_says(request):
             assert estimator.of(job).total == pytest.approx(step(job, request.profile).seconds, rel=1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb_h1", "interleaved"])
+@pytest.mark.parametrize("model", ["nano", "gpt2"])
+def test_a_pipelines_estimate_is_about_what_simulating_says(schedule, model):
+    """Interleaved stages of unlike lengths apart, within a tenth."""
+    fixed = {"offload": "none", "recompute": "none", "zero": 0, "schedule": schedule}
+    request = asked(model=preset(model), devices=4, rows=16, tokens=64, profile=load("l4"), fixed=fixed)
+    estimator = Estimator(request)
+    jobs = [job for job in all_jobs(request) if job.layout.pp > 1]
+    ratios = [estimator.of(job).total / step(job, request.profile).seconds for job in jobs]
+    assert jobs and min(ratios) > (0.75 if schedule == "interleaved" else 0.88) and max(ratios) < 1.1
+
+
 def asked(**changes):
     plain = dict(
         model=preset("gpt2-large"), devices=8, rows=64, tokens=1024, memory=8 * 10**9, profile=load("a100-40gb")

@@ -64,7 +64,9 @@ def _signed(size: int) -> str:
     return f"-{spell_size(-size)}" if size < 0 else spell_size(size)
 
 
-def mfu_of(options: SftOptions, config: GPTConfig, world: int, device: torch.device) -> Callable[[Report, float], float]:
+def mfu_of(
+    options: SftOptions, config: GPTConfig, world: int, device: torch.device
+) -> Callable[[Report, float], float]:
     """Return what tells a step's MFU by its report and its seconds: 0 to 1; 0 where nobody knows how.
 
     The peak is that of the machine's profile; of a measured one without, the FLOPs a second that products reached. With

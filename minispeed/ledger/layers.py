@@ -1,7 +1,6 @@
 """Write the layers of a GPT down on a tape: a block, the embedding, the last norm and the loss.
 
-As `model/gpt.py`, `model/attention.py`, `model/loss.py`, `tensor/layers.py`, `sequence/` and `model/lora.py` run them on
-a CPU; what several operations of torch's do, and nobody else sees, is one here, with what it needs meanwhile.
+As `model/gpt.py`, `model/attention.py`, `tensor/layers.py`, `sequence/` and `model/lora.py` run them on a CPU; what several operations of torch's do, and nobody else sees, is one here, with what it needs meanwhile.
 
 Letters: b rows, s tokens of a rank, n = b s; h model, a heads and g key/value heads of a rank, k head dim, f hidden
 features of a rank, t ranks of tensor parallelism, p ranks that share a row; e bytes of an element, w in fp32 or wider.
@@ -234,7 +233,9 @@ class _Tape(Tape):
 
     def core(self, q: Value, k: Value, v: Value) -> Value:
         """Attend."""
-        return {"reference": self.reference, "tiled": self.tiled, "fused": self.fused}[self.of.config.attention](q, k, v)
+        return {"reference": self.reference, "tiled": self.tiled, "fused": self.fused}[self.of.config.attention](
+            q, k, v
+        )
 
     @property
     def pairs(self) -> int:

@@ -1,9 +1,9 @@
 """Estimate steps without simulating them: in closed form, all settings of a layout at once.
 
     a rank of the pipeline    m (forward + backward + gathers) of its stages + reductions + optimizer + what follows
-    the pipeline              the slowest rank, and its wait for the others: the bubble
+    the pipeline              the slowest rank, and its wait for each of the others: the bubble
 
-    bubble    gpipe, 1F1B (p - 1) (F + B)      interleaved (p - 1) (F + B)/v      ZB-H1 (p - 1) (F + BI - BW)
+    of each other rank        gpipe, 1F1B F + B      interleaved (F + B)/v      ZB-H1 F + BI - BW
 
 A message between stages holds both its ranks. What layers of one kind take is the same in all of them, and in every
 layout that cuts them alike; so thousands of candidates share a few hundred costs, those of `step.py`.
@@ -57,12 +57,13 @@ PARTS = tuple(field.name for field in fields(Estimate))
 
 
 class Sort(NamedTuple):
-    """Ranks of a pipeline that have the same layers: the first of them, and how many of each kind.
+    """Ranks of a pipeline that have the same layers: the first of them, how many they are, and of each kind of layer.
 
     layers  by what is recomputed, (r, kinds)
     """
 
     rank: int
+    count: int
     layers: Array
 
 
@@ -93,12 +94,16 @@ class Estimator:
         layers = np.stack([self._layers(layout, rows) for rows in settings.micro_batch])  # (b, kinds, 7)
         sends = self._sends(layout, settings)
         sorts = self._sorts(layout, settings.recompute)
-        return [self._rank(layout, settings, of, layers, micros, sends) for of in sorts]
+        ranks = [self._rank(layout, settings, of, layers, micros, sends) for of in sorts]
+        waits = [parts["bubble"] for parts in ranks]
+        together = np.sum([of.count * wait for of, wait in zip(sorts, waits)], axis=0) + (layout.pp - 1) * sends
+        return [{**parts, "bubble": together - wait} for parts, wait in zip(ranks, waits)]
 
     def _rank(
         self, layout: Layout, settings: Settings, of: Sort, layers: Array, micros: Array, sends: Array
     ) -> Mapping[str, Array]:
-        p, v = layout.pp, layout.virtual
+        """Return the parts of one sort of rank; as its bubble, what each other rank waits for it."""
+        v = layout.virtual
         there, tp, sp, back, tp_back, sp_back, weights = np.einsum("rk,bkf->frb", of.layers, layers)
         gathered, summed, alone = self._sharding(layout, of.rank, settings)
         if not self.request.profile.on_cpu:  # what the backward hides
@@ -113,7 +118,7 @@ class Estimator:
             "sp": micros * (sp + sp_back),
             "zero": micros * 2 * gathered + times * summed + after,
             "pp": micros * sends * v,
-            "bubble": (p - 1) * (waits + sends),
+            "bubble": waits,
             "optimizer": update,
         }
         full = np.broadcast_shapes(*(part.shape for part in parts.values()))
@@ -138,8 +143,9 @@ class Estimator:
             found: dict[bytes, Sort] = {}
             jobs = [self._job(layout, recompute=again) for again in recompute]
             for rank in range(layout.pp):
-                counts = np.array([_counts(job, rank) for job in jobs], dtype=float)
-                found.setdefault(counts.tobytes(), Sort(rank, counts))
+                layers = np.array([_counts(job, rank) for job in jobs], dtype=float)
+                known = found.get(layers.tobytes(), Sort(rank, 0, layers))
+                found[layers.tobytes()] = known._replace(count=known.count + 1)
             return list(found.values())
 
         return self._once(("sorts", layout.pp, layout.virtual, tuple(recompute)), make)

@@ -47,9 +47,7 @@ def build(job: Job, group: Group) -> Engine:
         overlap=job.overlap,
         prefetch=job.prefetch,
         persistence=job.persistence,
-        offload=Offload(
-            states=CPU if job.offload_optimizer else None, parameters=CPU if job.offload_param else None
-        ),
+        offload=Offload(states=CPU if job.offload_optimizer else None, parameters=CPU if job.offload_param else None),
     )
 
 
