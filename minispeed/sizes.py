@@ -38,12 +38,12 @@ def parse_size(text: str) -> int:
 
 
 def spell_size(size: float) -> str:
-    """Return bytes in the decimal unit that suits them, three digits: "24 GB"."""
+    """Return bytes in the decimal unit that suits them, four digits at most: "24 GB"."""
     unit = "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if size >= 999.5:
             size, unit = size / 1000, larger
-    return f"{size:.3g} {unit}"
+    return f"{size:.4g} {unit}"
 
 
 def _read(text: str, units: dict[str, int]) -> int:

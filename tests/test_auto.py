@@ -33,9 +33,10 @@ def test_each_way_to_say_auto_opens_what_it_names(tmp_path):
     assert open_ones(options_of("--auto")) == list(PLANNED)
     assert open_ones(options_of("--auto", "--tp", "2")) == [name for name in PLANNED if name != "tp"]
     assert open_ones(options_of("--auto", "zero", "micro_batch")) == ["zero", "micro_batch"]
-    assert set(open_ones(options_of("--zero", "auto", "--tp=auto"))) == {"zero", "tp"}
+    assert set(open_ones(options_of("--zero", "auto", "--tp=auto", "--micro-batch", "2"))) == {"zero", "tp"}
     opened = options_of(config={"zero": "auto", "recompute": "auto", "pp": 2}, folder=tmp_path)
-    assert set(open_ones(opened)) == {"zero", "recompute"} and opened.pp == 2
+    assert set(open_ones(opened)) == {"zero", "recompute", "micro_batch"} and opened.pp == 2
+    assert open_ones(options_of(config={"auto": True}, folder=tmp_path)) == list(PLANNED)
     with pytest.raises(UserError, match="--zero is left to the planner, and is 2"):
         open_ones(options_of("--zero", "2", config={"zero": "auto"}, folder=tmp_path))
     with pytest.raises(UserError, match="--seq"):

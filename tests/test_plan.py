@@ -19,7 +19,7 @@ from minispeed.options import parse
 from minispeed.plan import search as searching
 from minispeed.plan.estimate import Estimator
 from minispeed.plan.report import why_not
-from minispeed.plan.request import Request, choices
+from minispeed.plan.request import Request, choices, line_of
 from minispeed.plan.search import fits, search
 from minispeed.plan.space import all_jobs, is_able, job_of, layouts, settings
 from minispeed.plan.step import step
@@ -123,7 +123,7 @@ def test_a_pipelines_estimate_is_about_what_simulating_says(schedule, model):
     estimator = Estimator(request)
     jobs = [job for job in all_jobs(request) if job.layout.pp > 1]
     ratios = [estimator.of(job).total / step(job, request.profile).seconds for job in jobs]
-    assert jobs and min(ratios) > (0.75 if schedule == "interleaved" else 0.88) and max(ratios) < 1.1
+    assert jobs and min(ratios) > (0.75 if schedule == "interleaved" else 0.85) and max(ratios) < 1.1
 
 
 def asked(**changes):
@@ -136,7 +136,7 @@ def asked(**changes):
 def test_losers_are_told_why():
     lines = why_not(search(asked()))
     assert "tp 8: heads 20 do not divide" in lines
-    assert any(line.startswith("zero 0: needs 1") and line.endswith("of 8 GB") for line in lines)
+    assert any(line.startswith("zero 0: needs 1") and "of 8 GB as the best is laid out" in line for line in lines)
     assert any(line.startswith("zero 3: gathers take") for line in lines)
     assert any(line.startswith("schedule gpipe:") for line in lines)
 
@@ -176,6 +176,17 @@ def test_fixed_choices_are_kept_and_what_forbids_them_is_said():
         ] == [why]
 
 
+def test_the_words_are_those_of_the_table():
+    """What is said of a value is of the fastest candidate that has it, simulated, as a request that fixes it finds."""
+    found = search(asked())
+    for line in why_not(found):
+        if line.startswith(("zero 3: ", "pp 2: ", "recompute all: ")):
+            name, value = line.split(": ")[0].split()
+            alone = search(asked(fixed={name: int(value) if value.isdecimal() else value})).ranked[0]
+            more = 100 * (alone.step.total / found.ranked[0].step.total - 1)
+            assert f"{more:.0f} % slower ({line_of(alone.job)})" in line
+
+
 def test_512_devices_need_few_looks_at_memory():
     request = asked(model=preset("llama-3.2-1b"), devices=512, rows=512, memory=24 * 10**9, profile=load("l4"))
     with mock.patch.object(searching, "peak", side_effect=peak) as looked:
@@ -201,7 +212,7 @@ def test_the_command_prints_a_plan_and_writes_a_configuration_that_sft_takes(tmp
 def test_the_command_says_what_would_fit(capsys):
     assert main([*ARGS, "--memory", "3 GB", "--dp", "8", "--zero", "0"]) == 1
     printed = capsys.readouterr().out
-    assert "Nothing fits." in printed and "leaving open what is fixed" in printed
+    assert "Nothing fits." in printed and "zero left open: " in printed and "dp left open: " in printed
 
 
 @pytest.mark.parametrize("size", ["24GiB", "24 gb", "24e9"])
@@ -215,6 +226,7 @@ def test_sizes_are_read_as_people_write_them(size, capsys):
     [
         (["--memory", "lots"], "got 'lots'"),
         (["--memory", "0"], "got '0'"),
+        (["--memory", "24"], "--memory 24 is 24 bytes"),
         (["--devices", "0"], "at least 1"),
         (["--model", "gpt3"], "no preset is called 'gpt3'"),
         (["--profile", "h1000"], "no profile is called 'h1000'"),

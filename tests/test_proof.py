@@ -154,7 +154,7 @@ def test_bytes_are_those_that_are_measured_and_in_closed_form(arrangement, micro
             [unit.num_elements for unit in units],
             ranks=engine.lines.shards.size,
             stage=arrangement.zero,
-            dtypes=units[0].dtypes,
+            widths=ledger.Widths.of(units[0].dtypes),
         )
         return held, measure_held(engine, lambda: engine.train_step(third)).total, closed.total
 

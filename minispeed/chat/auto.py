@@ -15,8 +15,8 @@ from minispeed.chat.plan import sft_options
 from minispeed.chat.sft_options import PLANNED, SftOptions
 from minispeed.errors import UserError
 from minispeed.model.config import GPTConfig
-from minispeed.plan.report import line_of, why_not
-from minispeed.plan.request import Request
+from minispeed.plan.report import why_not
+from minispeed.plan.request import Request, line_of
 from minispeed.plan.search import Found, search
 from minispeed.profiles import MEASURED, Profile, check_machine, load
 from minispeed.published import PUBLISHED
@@ -38,7 +38,10 @@ def open_ones(options: SftOptions) -> list[str]:
         if name in said:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is left to the planner, and is {said[name]}", fix=f"{flag} {said[name]}, or auto")
-    return [name for name in PLANNED if name not in said and (name in options.auto or "all" in options.auto)]
+    wanted = (
+        {*options.auto, "micro_batch"} if options.auto else set()
+    )  # the usual rows at once are for the usual layout
+    return [name for name in PLANNED if name not in said and (name in wanted or "all" in wanted)]
 
 
 def plan_run(

@@ -19,6 +19,7 @@ from minispeed.published import PUBLISHED
 from minispeed.sizes import parse_size
 
 DEVICES_FIT, NOTHING_FITS = 0, 1
+LEAST_MEMORY = 10**6  # bytes: less was meant in another unit
 
 
 def plan(options: PlanOptions) -> int:
@@ -27,12 +28,13 @@ def plan(options: PlanOptions) -> int:
     if (sentence := check_machine(request.profile)) and not options.json:
         print(f"note: {sentence}", file=sys.stderr)
     found = search(request)
+    offered = [] if found.ranked else list(changes(found))
     if options.json:
-        print(json.dumps(to_json(found, top=options.top), indent=1))
+        print(json.dumps(to_json(found, top=options.top, changes=offered), indent=1))
     elif found.ranked:
         print(text(found, top=options.top))
     else:
-        print(impossible(found, list(changes(found))))
+        print(impossible(found, offered))
     if not found.ranked:
         return NOTHING_FITS
     if options.out is not None:
@@ -44,6 +46,8 @@ def plan(options: PlanOptions) -> int:
 def request_of(options: PlanOptions) -> Request:
     """Return what the options ask for."""
     memory = None if options.memory is None else parse_size(options.memory)
+    if memory is not None and memory < LEAST_MEMORY:
+        raise UserError(f"--memory {options.memory} is {memory:,} bytes", fix=f"--memory {memory}GB")
     profile = choose_profile(options.profile, memory)
     model = shape_of(options.model)
     if options.attention:

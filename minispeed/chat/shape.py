@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minispeed.errors import UserError, nearest
 from minispeed.model.config import GPTConfig
-from minispeed.model.hf.config import is_hf, read_config
+from minispeed.model.hf.config import from_json, is_hf, read_config
 from minispeed.model.presets import PRESETS
 
 CONFIG = "config.json"  # of a run, in its directory
@@ -26,11 +26,12 @@ def shape_of(name: str) -> GPTConfig:
         known = ", ".join(PRESETS)
         what = f"no preset is called {name!r}, and no model is there; presets: {known}"
         raise UserError(what, fix=f"--model {nearest(name, PRESETS) or 'tiny'}, or a model's directory")
-    if is_hf(file.parent) and file.name == CONFIG:
-        return read_config(file.parent)
     try:
-        return GPTConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds no object but {type(values).__name__}")
+        return from_json(values) if {"model_type", "architectures"} & values.keys() else GPTConfig.from_dict(values)
+    except (ValueError, OSError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} is not a model's configuration: {error}") from error

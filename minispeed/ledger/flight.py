@@ -23,17 +23,17 @@ class Moment(NamedTuple):
     chunk     of the rank's stages, which
     whole     micro-batches in flight of each of them, this one too
     halves    of each of them, those that wait for their second half
-    is_first  whether no gradient of the stage has been reduced yet
     is_last   whether it is the stage's last micro-batch
-    finished  of each of the rank's stages, whether the backward of its last micro-batch is over
+    reduced   of each of the rank's stages, whether a gradient of it has been reduced
+    finished  of each of them, whether the backward of its last micro-batch is over
     """
 
     kind: str
     chunk: int
     whole: tuple[int, ...]
     halves: tuple[int, ...]
-    is_first: bool
     is_last: bool
+    reduced: tuple[bool, ...]
     finished: tuple[bool, ...]
 
 
@@ -44,14 +44,14 @@ def moments(schedule: str, ranks: int, micros: int, virtual: int, rank: int) -> 
     last = 1 + max(action.micro for action in program)
     whole, halves = [0] * virtual, [0] * virtual
     found: list[Moment] = []
-    reduced: set[int] = set()
+    reduced = [False] * virtual
     finished = [False] * virtual
     for kind, stage, micro in program:
         chunk = stage // ranks
         whole[chunk] += kind == "F"
-        state = tuple(whole), tuple(halves), chunk not in reduced, micro == last - 1, tuple(finished)
-        found.append(Moment(kind, chunk, *state))
-        reduced |= {chunk} if kind in LAST else set()
+        state = (tuple(so_far) for so_far in (reduced, finished))
+        found.append(Moment(kind, chunk, tuple(whole), tuple(halves), micro == last - 1, *state))
+        reduced[chunk] |= kind in LAST
         whole[chunk] -= kind in ("B", "BI")
         finished[chunk] |= kind in LAST and micro == last - 1
         halves[chunk] += (kind == "BI") - (kind == "BW")
@@ -75,6 +75,6 @@ def _most(found: list[Moment]) -> tuple[Moment, ...]:
 
 
 def _exceeds(one: Moment, other: Moment) -> bool:
-    same = ("kind", "chunk", "is_first", "is_last", "finished")
+    same = ("kind", "chunk", "is_last", "reduced", "finished")
     is_alike = all(getattr(one, name) == getattr(other, name) for name in same)
     return is_alike and all(a >= b for a, b in zip(one.whole + one.halves, other.whole + other.halves))

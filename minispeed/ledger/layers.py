@@ -1,6 +1,7 @@
-"""Write the layers of a GPT down on a tape: a block, the embedding, the last norm and the loss.
+"""Write the layers of a GPT down on a tape: a block, the last norm.
 
-As `model/gpt.py`, `model/attention.py`, `tensor/layers.py`, `sequence/` and `model/lora.py` run them on a CPU; what several operations of torch's do, and nobody else sees, is one here, with what it needs meanwhile.
+As `model/gpt.py`, `model/attention.py`, `tensor/layers.py`, `sequence/` and `model/lora.py` run them on a CPU; what
+several operations of torch's do, and nobody else sees, is one here, with what it needs meanwhile.
 
 Letters: b rows, s tokens of a rank, n = b s; h model, a heads and g key/value heads of a rank, k head dim, f hidden
 features of a rank, t ranks of tensor parallelism, p ranks that share a row; e bytes of an element, w in fp32 or wider.

@@ -116,37 +116,43 @@ class Sharded:
 
     @cached_property
     def rooms(self) -> int:
-        """The memory that whole gradients pass through."""
-        sizes = [self.whole([unit]) * self.widths.collect for unit in self.order]
+        """The memory that whole gradients pass through; each stage of a pipeline has its own."""
+        stages = {unit.stage for unit in self.order}
+        return sum(self._rooms([unit for unit in self.order if unit.stage == stage]) for stage in stages)
+
+    def _rooms(self, order: Sequence[Unit]) -> int:
+        sizes = [self.whole([unit]) * self.widths.collect for unit in order]
         if self.zero < 2:
             return sum(sizes)
         if not self.key.is_split:
             return buffers.rooms(sizes, overlap=self.key.overlap)
-        # the blocks' gradients are all there before any is reduced; who is reduced after them takes their room
-        blocks = [size for size, unit in zip(sizes, self.order) if unit.name.startswith("blocks.")]
-        early = [size for size, unit in zip(sizes, self.order) if self.place(unit) > self.key.num_layers]
-        late = max((size for size, unit in zip(sizes, self.order) if self.place(unit) < 1), default=0)
-        return sum(blocks) + sum(early) + late * (late > max(blocks, default=0))
+        # the blocks' gradients are all there before any is reduced; who comes later takes a room that is free by then
+        blocks = [size for size, unit in zip(sizes, order) if unit.name.startswith("blocks.")]
+        early = [size for size, unit in zip(sizes, order) if self.place(unit) > self.key.num_layers]
+        late = max((size for size, unit in zip(sizes, order) if self.place(unit) < 1), default=0)
+        return sum(blocks) + sum(early) + late * (late > max(blocks[:-1], default=0))
 
     # ---- what comes and goes
 
     def sums(self, layer: int, moment: Moment) -> int:
         """Return the sums of gradients that are there in a layer's backward, where they have memory of their own."""
-        return self._once(
-            self._sums, layer, moment.kind, moment.chunk, moment.is_first, moment.is_last, moment.finished
-        )
+        of = (moment.kind, moment.chunk, moment.is_last, moment.reduced, moment.finished)
+        return self._once(self._sums, layer, *of)
 
     def _sums(
-        self, layer: int, kind: str, chunk: int, is_first: bool, is_last: bool, finished: tuple[bool, ...]
+        self,
+        layer: int,
+        kind: str,
+        chunk: int,
+        is_last: bool,
+        reduced: tuple[bool, ...],
+        finished: tuple[bool, ...],
     ) -> int:
         widths, is_whole = self.widths, self.zero == 0
         if is_whole and widths.collect == widths.reduce:
             return 0
-        if self.zero >= 2 and not is_first:
-            there = self.shards(self.trained) * widths.gradient
-        else:
-            over = [self._stage(n) for n, is_over in enumerate(finished) if is_over]
-            there = self.shards([u for u in self.trained if u.stage in over]) * widths.gradient
+        summed = [self._stage(n) for n, is_so in enumerate(reduced if self.zero >= 2 else finished) if is_so]
+        there = self.shards([unit for unit in self.trained if unit.stage in summed]) * widths.gradient
         if kind in ("F", "BI") or (self.zero < 2 and not is_last):
             return there
         here = [u for u in self.order if u.stage == self._stage(chunk)]
@@ -155,17 +161,19 @@ class Sharded:
         done = [u for u in here if self.place(u) > layer or layer <= 0]
         pending = self.shards(done[-1:])  # on its way; it is settled when the next one is reduced
         cast = widths.gradient * (layer == OVER and widths.gradient != widths.reduce)
-        is_new = is_whole or is_first
+        is_new = is_whole or not reduced[chunk]
         return there + pending * (widths.reduce + cast) + is_new * self.shards(done[:-1]) * widths.gradient
 
     def _arriving(self, order: Sequence[Unit]) -> int:
         """Return the most that sums take while they arrive after a backward, one unit after the other."""
         widths, most = self.widths, 0
         is_cast = widths.collect != widths.reduce
-        for index in range(len(order)):
-            two = self.whole(order[max(0, index - 1) : index + 1]) * widths.reduce * is_cast
-            most = max(most, self.shards(order[:index]) * widths.gradient + two)
-        return max(most, self.shards(order) * widths.gradient)
+        for index in range(len(order) + 1):
+            two = order[max(0, index - 1) : index + 1]  # one that is being settled, and the next on its way
+            mine = self.shards(two) * (self.zero > 0)
+            sent = (self.whole(two) + mine) * widths.reduce * is_cast
+            most = max(most, self.shards(order[:index]) * widths.gradient + sent)
+        return most
 
     def gathered(self, layer: int, moment: Moment) -> int:
         """Return the units that are whole while a layer's backward runs, at stage 3."""

@@ -1,9 +1,9 @@
 """Write a forward down operation by operation, and read off what it keeps and what its backward needs beside.
 
 An operation makes a value of some that were there. Autograd keeps some of them for the operation's backward, which
-turns the gradient of what was made into those of what went in, and then lets go. A value lies in a storage, which views of it
-share; what is kept counts once for each storage, however often it is kept. So a backward can be played back with sizes
-alone, in the reverse order of the forward, as autograd runs it.
+turns the gradient of what was made into those of what went in, and then lets go. A value lies in a storage, which views
+of it share; what is kept counts once for each storage, however often it is kept. So a backward can be played back with
+sizes alone, in the reverse order of the forward, as autograd runs it.
 
 All sizes are bytes.
 """

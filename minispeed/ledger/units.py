@@ -2,8 +2,8 @@
 
     every parameter -> its slice of tp -> the layers of a stage -> the unit of a layer
 
-The cut by depth makes the stage with most parameters as small as can be; what several stages hold (a tied embedding,
-alpha) is a unit alone in each. Adapters and what they leave frozen are units apart.
+The cut by depth makes the stage that computes with most parameters as small as can be; what several stages hold (a tied
+embedding, alpha) is a unit alone in each. Adapters and what they leave frozen are units apart.
 
 Letters: L blocks.
 """
@@ -40,7 +40,7 @@ def bounds(model: GPTConfig, stages: int, lora_rank: int = 0, lora_targets: tupl
     costs = [0] * (model.num_layers + 2)
     for shape in _shapes(model, lora_rank, lora_targets):
         layer = layer_of(shape.name, model.num_layers)
-        if layer is not None:
+        if layer:  # the embedding looks up: it costs nothing
             costs[layer] += shape.size
         if shape.name == "head.weight" or (shape.name == TIED and model.tied):
             costs[-1] += shape.size

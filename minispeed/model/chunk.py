@@ -139,9 +139,12 @@ def layer_names(config: GPTConfig) -> list[str]:
 
 
 def layer_costs(model: GPT) -> list[int]:
-    """Return how many parameters each of the L + 2 layers has, on this rank; a tied head counts as if it were not."""
-    sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in model.named_layers()]
-    return [*sizes[:-1], sizes[-1] + sum(p.numel() for p in model.head.parameters())]
+    """Return with how many parameters each of the L + 2 layers computes; the embedding, which looks up, with none.
+
+    A tied head counts as if it were not.
+    """
+    _, *sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in model.named_layers()]
+    return [0, *sizes[:-1], sizes[-1] + sum(p.numel() for p in model.head.parameters())]
 
 
 def _place(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -184,6 +184,8 @@ def _read_block(cls: type[Options], block: Mapping[str, Any], where: str) -> dic
             raise _unknown(label, name, table, command_of(cls), lambda spec: f'"{spec.name}":')
         if name in values:
             raise UserError(f"{label} is there twice, once with - and once with _", fix="giving it once")
+        if value is True and table[name].bare is not MISSING:
+            value = [table[name].bare]
         if table[name].open_to and value == AUTO:
             opened.setdefault(table[name].open_to, []).append(name)
         else:

@@ -15,9 +15,9 @@ r what is recomputed, b rows of a micro-batch.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,8 @@ class Estimate:
 PARTS = tuple(field.name for field in fields(Estimate))
 
 
-class Sort(NamedTuple):
+@dataclass(frozen=True)
+class Sort:
     """Ranks of a pipeline that have the same layers: the first of them, how many they are, and of each kind of layer.
 
     layers  by what is recomputed, (r, kinds)
@@ -145,7 +146,7 @@ class Estimator:
             for rank in range(layout.pp):
                 layers = np.array([_counts(job, rank) for job in jobs], dtype=float)
                 known = found.get(layers.tobytes(), Sort(rank, 0, layers))
-                found[layers.tobytes()] = known._replace(count=known.count + 1)
+                found[layers.tobytes()] = replace(known, count=known.count + 1)
             return list(found.values())
 
         return self._once(("sorts", layout.pp, layout.virtual, tuple(recompute)), make)

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minispeed.ledger.job import Job
 from minispeed.ledger.memory import Memory
 from minispeed.model.flops import step_flops
-from minispeed.plan.request import Request, choices
+from minispeed.plan.request import Request, choices, line_of, spell_seconds
 from minispeed.plan.search import Found, Scored
-from minispeed.plan.why import Change, num_parameters, reasons, spell_seconds
+from minispeed.plan.why import Change, num_parameters, reasons
 from minispeed.sizes import spell_size
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "buffers")
@@ -31,25 +30,12 @@ def impossible(found: Found, changes: Sequence[Change]) -> str:
         size = spell_size(least.memory.total)
         lines.append(f"The least that a candidate needs is {size} a device: {line_of(least.job)}")
         lines += _memory(found.request, least.memory)
+    if not found.count:
+        lines.append("No candidate has all that is fixed." if found.request.fixed else "There is no candidate.")
     lines += [f"  {one.name} {spell(one.value)}: {one.reason}" for one in found.refusals]
     lines += ["", "Any one of these would do:"] if changes else ["", "No single change that was tried would do."]
     lines += [f"  {change.text}: {line_of(change.fitting.job)}" for change in changes]
     return "\n".join(lines)
-
-
-def line_of(job: Job) -> str:
-    """Return what a job has chosen, in a line; what goes without saying is left out."""
-    said = choices(job)
-    parts = [f"{axis} {said[axis]}" for axis in ("dp", "pp", "sp", "tp") if said[axis] > 1] or ["one device"]
-    if said["pp"] > 1:
-        parts.append(str(said["schedule"]) + (f" of {said['virtual']} stages a rank" if said["virtual"] > 1 else ""))
-    parts += [str(said["sequence"])] if said["sp"] > 1 else []
-    parts += ["tokens cut"] if said["tokens"] else []
-    parts += [f"ZeRO {said['zero']}"] if said["zero"] else []
-    parts += [f"micro-batches of {said['micro_batch']}"]
-    parts += [f"recompute {said['recompute']}"] if said["recompute"] != "none" else []
-    parts += [f"offload {said['offload']}"] if said["offload"] != "none" else []
-    return ", ".join(parts)
 
 
 def table(request: Request, ranked: Sequence[Scored]) -> list[str]:
@@ -90,8 +76,8 @@ def mfu(request: Request, one: Scored) -> float | None:
     return flops / one.step.total / request.devices / peak if peak else None
 
 
-def to_json(found: Found, *, top: int) -> Mapping[str, Any]:
-    """Return the plan as plain values."""
+def to_json(found: Found, *, top: int, changes: Sequence[Change] = ()) -> Mapping[str, Any]:
+    """Return the plan as plain values; where nothing fits, the bytes that the least needs, and what would do."""
     return {
         "request": found.request.words,
         "candidates": found.count,
@@ -108,6 +94,8 @@ def to_json(found: Found, *, top: int) -> Mapping[str, Any]:
         "why_not": [{"name": one.name, "value": one.value, "reason": one.text} for one in reasons(found)]
         if found.ranked
         else [one._asdict() for one in found.refusals],
+        "least": min((one.memory.total for one in found.least.values()), default=None) if not found.ranked else None,
+        "would_fit": [{"change": change.text, **choices(change.fitting.job)} for change in changes],
     }
 
 
@@ -135,7 +123,8 @@ def _in_full(request: Request, best: Scored) -> list[str]:
     """Return the best with its memory by category and its time by what it goes to."""
     share = mfu(request, best)
     reached = f", {share:.1%} of the datasheet's peak (MFU)" if share is not None else ""
-    times = ", ".join(f"{name} {spell_seconds(getattr(best.step, name))}" for name in TIMES if getattr(best.step, name))
+    some = [name for name in TIMES if getattr(best.step, name) > 1e-6 * best.step.total]
+    times = ", ".join(f"{name} {spell_seconds(getattr(best.step, name))}" for name in some)
     return [
         f"The best: {line_of(best.job)}",
         *_memory(request, best.memory),

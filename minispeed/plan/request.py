@@ -96,7 +96,7 @@ class Request:
         adapters = f", LoRA of rank {self.lora_rank}" if self.lora_rank else ""
         return (
             f"{named} in {self.dtype}{adapters}, {self.rows} rows of {self.tokens} tokens a step, on {self.devices} "
-            f"devices of {spell_size(self.memory)} ({self.profile.name})"
+            f"device{'s' * (self.devices > 1)} of {spell_size(self.memory)} ({self.profile.name})"
         )
 
 
@@ -107,3 +107,26 @@ def choices(job: Job) -> dict[str, Any]:
     of_layout = {name: getattr(job.layout, name) for name in ("schedule", "virtual", "sequence", "tokens")}
     settings = {"zero": job.zero, "offload": offload, "recompute": job.recompute, "micro_batch": job.micro_batch}
     return sides | of_layout | settings
+
+
+def line_of(job: Job) -> str:
+    """Return what a job has chosen, in a line; what goes without saying is left out."""
+    said = choices(job)
+    parts = [f"{axis} {said[axis]}" for axis in ("dp", "pp", "sp", "tp") if said[axis] > 1] or ["one device"]
+    if said["pp"] > 1:
+        parts.append(str(said["schedule"]) + (f" of {said['virtual']} stages a rank" if said["virtual"] > 1 else ""))
+    parts += [str(said["sequence"])] if said["sp"] > 1 else []
+    parts += ["tokens cut"] if said["tokens"] else []
+    parts += [f"ZeRO {said['zero']}"] if said["zero"] else []
+    parts += [f"micro-batches of {said['micro_batch']}"]
+    parts += [f"recompute {said['recompute']}"] if said["recompute"] != "none" else []
+    parts += [f"offload {said['offload']}"] if said["offload"] != "none" else []
+    return ", ".join(parts)
+
+
+def spell_seconds(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"

@@ -106,18 +106,18 @@ def fits(request: Request, memory: Memory, job: Job) -> bool:
     return memory.total <= request.memory and together <= request.profile.host_memory
 
 
-def search(request: Request) -> Found:
-    """Score every candidate, and find the best."""
+def search(request: Request, *, ranked: int = RANKED) -> Found:
+    """Score every candidate, and find the best; `ranked` pairs of mesh and stage of them."""
     able, refusals = layouts(request)
     open_ones = [(layout, settings(request, layout)) for layout in able]
     estimator = Estimator(request)
     tables = [tabulate(request, layout, of, estimator) for layout, of in open_ones if all(of)]
-    looking = _Looking(request, estimator)
+    looking = _Looking(request, estimator, ranked)
     for candidate in _fastest_first(tables):
         looking.at(candidate)
-    ranked = sorted((simulated(request, one) for one in looking.groups.values()), key=lambda one: one.step.total)
+    fastest = sorted((simulated(request, one) for one in looking.groups.values()), key=lambda one: one.step.total)
     count = sum(int(np.isfinite(table.seconds).sum()) for table in tables)
-    return Found(request, ranked, looking.best, looking.least, refusals, count)
+    return Found(request, fastest, looking.best, looking.least, refusals, count)
 
 
 def tabulate(request: Request, layout: Layout, of: Settings, estimator: Estimator) -> Table:
@@ -145,8 +145,8 @@ def _fastest_first(tables: list[Table]) -> Iterator[_Candidate]:
 class _Looking:
     """What is known so far: the best of each group and value, and what is known not to fit."""
 
-    def __init__(self, request: Request, estimator: Estimator) -> None:
-        self.request, self.estimator = request, estimator
+    def __init__(self, request: Request, estimator: Estimator, ranked: int) -> None:
+        self.request, self.estimator, self.ranked = request, estimator, ranked
         self.groups: dict[tuple[Any, ...], Scored] = {}
         self.best: dict[Value, Scored] = {}
         self.least: dict[Value, Scored] = {}
@@ -159,7 +159,7 @@ class _Looking:
         values = table.values(place)
         group = tuple(value for name, value in values if name in ("dp", "pp", "sp", "tp", "zero"))
         unknown = [value for value in values if value not in self.best]
-        is_known = group in self.groups or len(self.groups) == RANKED
+        is_known = group in self.groups or len(self.groups) == self.ranked
         if (is_known and not unknown) or not self._can_fit(table, place):
             return
         found = self._score(table.job(place))

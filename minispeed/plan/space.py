@@ -43,7 +43,7 @@ def divisors(number: int) -> list[int]:
 
 def layouts(request: Request) -> tuple[list[Layout], list[Refusal]]:
     """Return every layout that can be, and why the lengths of axes that are in none cannot."""
-    refusals = [r for name in ("tp", "sp", "pp", "dp") for r in _refused(request, name)]
+    refusals = [r for name in ("tp", "sp", "pp", "dp") for r in _refused(request, name)] + _contradictions(request)
     refused = {(r.name, r.value) for r in refusals}
     found: list[Layout] = []
     for tp in divisors(request.devices):
@@ -106,6 +106,17 @@ def all_jobs(request: Request) -> Iterator[Job]:
                         if is_able(zero, offload):
                             chosen = dict(zero=zero, offload=offload, recompute=recompute, micro_batch=micro)
                             yield job_of(request, layout, **chosen)  # type: ignore[arg-type]
+
+
+def _contradictions(request: Request) -> list[Refusal]:
+    """Return what is fixed and can be in no layout, or not together."""
+    fixed, found = request.fixed, list[Refusal]()
+    if fixed.get("offload") == "all" and fixed.get("zero", 3) != 3:
+        found.append(Refusal("offload", "all", f"parameters leave the device at ZeRO stage 3, not {fixed['zero']}"))
+    rows = request.rows // fixed.get("dp", 1)
+    if rows % fixed.get("micro_batch", 1):
+        found.append(Refusal("micro_batch", fixed["micro_batch"], f"does not divide the {rows} rows"))
+    return found
 
 
 def _refused(request: Request, name: str) -> Iterator[Refusal]:

@@ -13,7 +13,8 @@ What hides behind what, unless the devices are a CPU's cores (`Profile.on_cpu`),
     reductions, with overlap          behind the backward they belong to, all but that of the last unit
     gathers of stage 3, with prefetch behind what computes, all but that of the first unit
 
-Offloaded states are updated as fast as bytes travel to the host and back: no profile knows the host's own speed. Dropout, deep connections and what a program does around its steps are left out.
+Offloaded states are updated as fast as bytes travel to the host and back: no profile knows the host's own speed.
+Dropout, deep connections and what a program does around its steps are left out.
 
 Narayanan et al. 2021, section 3, for the calls of tp and pp (https://arxiv.org/abs/2104.04473); for the shards', ZeRO,
 Rajbhandari et al. 2020, section 7 (https://arxiv.org/abs/1910.02054).

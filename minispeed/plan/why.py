@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from minispeed.ledger.job import Job
 from minispeed.model.shapes import parameters
-from minispeed.plan.request import KNOBS, Request, choices
+from minispeed.plan.request import KNOBS, Request, choices, line_of, spell_seconds
 from minispeed.plan.search import Found, Scored, fits, score, search, simulated
 from minispeed.plan.space import Settings, is_able, job_of, settings
 from minispeed.sizes import spell_size
@@ -42,7 +42,8 @@ def reasons(found: Found) -> list[Reason]:
     named = [Reason(name, value, why) for name, value, why in found.refusals]
     for (name, value), other in found.best.items():
         if mine[name] != value and (name != "micro_batch" or value in _neighbours(found.request, best.job)):
-            named.append(Reason(name, value, _in_place(found.request, best, name, value) or _slower(best, other)))
+            needs = _in_place(found.request, best, name, value)
+            named.append(Reason(name, value, needs + _slower(best, simulated(found.request, other))))
     for (name, value), least in found.least.items():
         if (name, value) not in found.best:
             named.append(Reason(name, value, _needs(found.request, least)))
@@ -58,7 +59,7 @@ def _neighbours(request: Request, job: Job) -> list[int]:
 
 
 def _in_place(request: Request, best: Scored, name: str, value: Any) -> str:
-    """Say what becomes of the best if this setting alone is changed; "" if that cannot be."""
+    """Say that the best would not fit if this setting alone were changed; "" if it would, or that cannot be."""
     said = choices(best.job)
     open_ones = settings(request, best.job.layout)
     if name not in Settings._fields or value not in getattr(open_ones, name):
@@ -67,8 +68,8 @@ def _in_place(request: Request, best: Scored, name: str, value: Any) -> str:
     if not is_able(chosen["zero"], chosen["offload"]):
         return ""
     job = job_of(request, best.job.layout, **chosen)
-    one = simulated(request, score(request, job))
-    return _slower(best, one) if fits(request, one.memory, job) else _needs(request, one)
+    one = score(request, job)
+    return "" if fits(request, one.memory, job) else f"{_needs(request, one)} as the best is laid out; elsewhere "
 
 
 def _rank(value: Any) -> tuple[int, Any]:
@@ -76,16 +77,19 @@ def _rank(value: Any) -> tuple[int, Any]:
 
 
 def _slower(best: Scored, other: Scored) -> str:
-    """Say what makes a candidate slower than the best."""
+    """Say what makes a candidate, the fastest of its kind, slower than the best."""
     more = other.step.total - best.step.total
     if more < 0.001 * best.step.total:
-        return f"as fast, with {spell_size(other.memory.total)} a device"
+        return f"as fast, with {spell_size(other.memory.total)} a device ({line_of(other.job)})"
     parts = {name: getattr(other.step, name) - getattr(best.step, name) for name in PARTS}
     name = max(parts, key=lambda one: parts[one])
     verb = "gathers" if other.job.zero == 3 else "sums of gradients"
     share = other.step.bubble / other.step.total
     text = PARTS[name].format(spell_seconds(parts[name]), share=share, verb=verb)
-    return f"{text}: {100 * more / best.step.total:.2g} % slower"
+    percent = 100 * more / best.step.total
+    return (
+        f"{text}: {percent:.0f} % slower ({line_of(other.job)})" if percent >= 1 else f"{text}: {percent:.1f} % slower"
+    )
 
 
 def _needs(request: Request, least: Scored) -> str:
@@ -107,11 +111,12 @@ def changes(found: Found) -> Iterator[Change]:
     request = found.request
     least = min(found.least.values(), key=lambda one: one.memory.total, default=None)
     if least is not None:
-        enough = replace(request, memory=least.memory.total)
-        yield from _first(f"devices of {spell_size(least.memory.total)}", [enough])
-    free = replace(request, fixed={})
-    if request.fixed:
-        yield from _first("leaving open what is fixed", [free])
+        yield Change(f"devices of {spell_size(least.memory.total)}", least)
+    for name in request.fixed:
+        others = {other: value for other, value in request.fixed.items() if other != name}
+        yield from _first(f"{name} left open", [replace(request, fixed=others)])
+    if len(request.fixed) > 1:
+        yield from _first("all left open", [replace(request, fixed={})])
     yield from _first("{} devices", _doubled(request), lambda one: one.devices)
     yield from _first("rows of {} tokens", _halved(request), lambda one: one.tokens)
     if not request.lora_rank:
@@ -121,7 +126,7 @@ def changes(found: Found) -> Iterator[Change]:
 def _first(text: str, tried: list[Request], value: Callable[[Request], Any] = lambda one: "") -> Iterator[Change]:
     """Yield the first of a row of requests for which something fits."""
     for request in tried:
-        found = search(request)
+        found = search(request, ranked=1)
         if found.ranked:
             yield Change(text.format(value(request)), found.ranked[0])
             return
@@ -133,14 +138,6 @@ def _doubled(request: Request) -> list[Request]:
 
 def _halved(request: Request) -> list[Request]:
     return [replace(request, tokens=request.tokens // 2**k) for k in range(1, 6) if request.tokens >= 2**k * 64]
-
-
-def spell_seconds(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"
 
 
 def num_parameters(request: Request) -> int:
