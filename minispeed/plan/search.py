@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from minispeed.axes import Layout
 from minispeed.ledger.job import Job
 from minispeed.ledger.memory import Memory, peak
+from minispeed.ledger.sharded import Sharded
 from minispeed.plan.estimate import Estimate, Estimator
 from minispeed.plan.request import Request
 from minispeed.plan.space import Refusal, Settings, is_able, job_of, layouts, settings
@@ -95,6 +96,12 @@ def score(request: Request, job: Job) -> Scored:
     return Scored(job, peak(job), Estimator(request).of(job))
 
 
+def least_held(job: Job) -> int:
+    """Return bytes that some rank surely holds, sooner known than its peak: parameters and optimizer states."""
+    held = [Sharded.of(job, rank).states[0] for rank in {0, job.layout.pp - 1}]
+    return max(one.parameters + one.optimizer for one in held)
+
+
 def simulated(request: Request, one: Scored) -> Scored:
     """Return a candidate with the time that its schedule takes on virtual ranks."""
     return one._replace(step=Estimate(**step(one.job, request.profile).breakdown))
@@ -106,13 +113,17 @@ def fits(request: Request, memory: Memory, job: Job) -> bool:
     return memory.total <= request.memory and together <= request.profile.host_memory
 
 
-def search(request: Request, *, ranked: int = RANKED) -> Found:
-    """Score every candidate, and find the best; `ranked` pairs of mesh and stage of them."""
+def search(request: Request, *, ranked: int = RANKED, of_values: bool = True) -> Found:
+    """Score every candidate, and find the best.
+
+    ranked     of how many pairs of mesh and stage
+    of_values  also of each value of each choice; without it, `best` and `least` are empty
+    """
     able, refusals = layouts(request)
     open_ones = [(layout, settings(request, layout)) for layout in able]
     estimator = Estimator(request)
     tables = [tabulate(request, layout, of, estimator) for layout, of in open_ones if all(of)]
-    looking = _Looking(request, estimator, ranked)
+    looking = _Looking(request, estimator, ranked, of_values)
     for candidate in _fastest_first(tables):
         looking.at(candidate)
     fastest = sorted((simulated(request, one) for one in looking.groups.values()), key=lambda one: one.step.total)
@@ -145,8 +156,9 @@ def _fastest_first(tables: list[Table]) -> Iterator[_Candidate]:
 class _Looking:
     """What is known so far: the best of each group and value, and what is known not to fit."""
 
-    def __init__(self, request: Request, estimator: Estimator, ranked: int) -> None:
-        self.request, self.estimator, self.ranked = request, estimator, ranked
+    def __init__(self, request: Request, estimator: Estimator, ranked: int, of_values: bool) -> None:
+        self.request, self.estimator = request, estimator
+        self.ranked, self.of_values = ranked, of_values
         self.groups: dict[tuple[Any, ...], Scored] = {}
         self.best: dict[Value, Scored] = {}
         self.least: dict[Value, Scored] = {}
@@ -158,7 +170,7 @@ class _Looking:
         _, table, place = candidate
         values = table.values(place)
         group = tuple(value for name, value in values if name in ("dp", "pp", "sp", "tp", "zero"))
-        unknown = [value for value in values if value not in self.best]
+        unknown = [value for value in values if value not in self.best] if self.of_values else []
         is_known = group in self.groups or len(self.groups) == self.ranked
         if (is_known and not unknown) or not self._can_fit(table, place):
             return
@@ -191,12 +203,17 @@ class _Looking:
     def _fits(self, table: Table, place: tuple[int, int, int, int]) -> bool:
         """Look at a candidate that needs little; keep it where its values have none that fits."""
         job = table.job(place)
+        open_ones = [value for value in table.values(place) if value not in self.best] if self.of_values else []
+        most = max((self.least[value].memory.total for value in open_ones if value in self.least), default=0)
+        is_first = any(value not in self.least for value in open_ones)
+        held = least_held(job)
+        if held > self.request.memory and held >= most and not is_first:
+            return False
         memory = peak(job)
         if fits(self.request, memory, job):
             return True
-        for value in table.values(place):
-            known = self.least.get(value)
-            if value not in self.best and (known is None or memory.total < known.memory.total):
+        for value in open_ones:
+            if value not in self.least or memory.total < self.least[value].memory.total:
                 self.least[value] = self._score(job)
         return False
 

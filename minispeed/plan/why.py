@@ -126,18 +126,18 @@ def changes(found: Found) -> Iterator[Change]:
 def _first(text: str, tried: list[Request], value: Callable[[Request], Any] = lambda one: "") -> Iterator[Change]:
     """Yield the first of a row of requests for which something fits."""
     for request in tried:
-        found = search(request, ranked=1)
+        found = search(request, ranked=1, of_values=False)
         if found.ranked:
             yield Change(text.format(value(request)), found.ranked[0])
             return
 
 
 def _doubled(request: Request) -> list[Request]:
-    return [replace(request, devices=request.devices * 2**k) for k in range(1, 6)]
+    return [replace(request, devices=request.devices * 2**k) for k in range(1, 4)]
 
 
 def _halved(request: Request) -> list[Request]:
-    return [replace(request, tokens=request.tokens // 2**k) for k in range(1, 6) if request.tokens >= 2**k * 64]
+    return [replace(request, tokens=request.tokens // 2**k) for k in range(1, 4) if request.tokens >= 2**k * 64]
 
 
 def num_parameters(request: Request) -> int:
