@@ -4,10 +4,10 @@
     python benchmarks/plan_quality.py --profile FILE  with rates that `minispeed calibrate` has measured
     python benchmarks/plan_quality.py --quick         a few layouts of one small model; nothing is written
 
-Every layout of 4 ranks, at every ZeRO stage, with one and with four micro-batches to a replica, is trained for a few
-steps: visit after visit in another order, so that what else the machine does falls on all alike. A layout's time is the
-median of its visits' (a visit: the median of its steps, of the slowest rank), its spread half the range of the middle
-half of them. Predicted are the times of `minispeed.plan.step` from the rates that `minispeed calibrate` measures.
+Every layout of 4 ranks, at every ZeRO stage, with one micro-batch or, in a pipeline, four, is trained for a few steps:
+visit after visit in another order, so that what else the machine does falls on all alike. A layout's time is the median
+of its visits' (a visit: the median of its steps, of the slowest rank), its spread half the range of the middle half of
+them. Predicted are the times of `minispeed.plan.step` from the rates that `minispeed calibrate` measures.
 
     choice    measured time of the layout that is predicted fastest, over the least measured
     ranks     Spearman's correlation of predicted and measured times: of all, and of layouts that are apart, taken from
@@ -49,31 +49,24 @@ from minispeed.plan.step import step
 from minispeed.precision import DTYPES, Precision
 from minispeed.profiles import Profile, load
 
-RANKS, VISITS, STEPS = 4, 5, 3
-MODELS: dict[str, tuple[GPTConfig, int, int]] = {  # name -> shape, rows of a step, tokens of each
-    "deep": (
-        preset("nano", num_layers=10, model_dim=96, num_heads=4, num_kv_heads=4, head_dim=24, hidden_dim=256),
-        16,
-        64,
-    ),
-    "wide": (
-        preset("nano", num_layers=2, model_dim=384, num_heads=8, num_kv_heads=4, head_dim=48, hidden_dim=1024),
-        8,
-        128,
-    ),
-    "words": (preset("nano", vocab_size=8192, num_layers=4, model_dim=128, hidden_dim=384), 16, 128),
+RANKS, VISITS, STEPS = 4, 3, 2
+SHAPES = {
+    "deep": dict(num_layers=6, model_dim=96, num_heads=4, num_kv_heads=4, head_dim=24, hidden_dim=256),
+    "wide": dict(num_layers=2, model_dim=256, num_heads=8, num_kv_heads=4, head_dim=32, hidden_dim=768),
+    "words": dict(num_layers=3, vocab_size=8192),
 }
+MODELS: dict[str, GPTConfig] = {name: preset("nano", **shape) for name, shape in SHAPES.items()}
+ROWS, TOKENS = 8, 64
 
 
 def request_of(name: str, profile: Profile) -> Request:
     """Return what is planned: nothing is offloaded or recomputed, for there is room enough."""
-    config, rows, tokens = MODELS[name]
     fixed = {"offload": "none", "recompute": "none"}
     return Request(
-        model=config,
+        model=MODELS[name],
         devices=RANKS,
-        rows=rows,
-        tokens=tokens,
+        rows=ROWS,
+        tokens=TOKENS,
         memory=10**12,
         profile=profile,
         dtype="fp32",
@@ -82,8 +75,8 @@ def request_of(name: str, profile: Profile) -> Request:
 
 
 def sweep(request: Request) -> list[Job]:
-    """Return every layout and stage, with one micro-batch to a replica and with four."""
-    return [job for job in all_jobs(request) if job.micros in (1, 4)]
+    """Return every layout and stage: a pipeline with four micro-batches, others with one."""
+    return [job for job in all_jobs(request) if job.micros == (4 if job.layout.pp > 1 else 1)]
 
 
 def batches(job: Job, mine: int, seed: int) -> list[MicroBatch]:

@@ -205,6 +205,8 @@ def test_the_command_prints_a_plan_and_writes_a_configuration_that_sft_takes(tmp
     options = parse(["--config", str(out), "--data", "chats.jsonl", "--out", str(tmp_path / "run")], SftOptions)
     assert options.ranks == 8 == options.dp * options.pp * options.sp * options.tp
     assert (options.model, options.seq, options.batch) == ("gpt2-large", 1024, 64)
+    assert main(["simulate", "--config", str(out)]) == 0
+    assert "gpt2-large on 8 x a100-40gb" in capsys.readouterr().out
     assert main([*ARGS, "--memory", "8GB", "--out", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err
 

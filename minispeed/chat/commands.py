@@ -153,7 +153,7 @@ class SimulateOptions(Options):
     the batch, the dtype and ZeRO, by a DeepSpeed configuration (--deepspeed).
     """
 
-    model: str = option(help="a preset: gpt2, gpt2-xl, llama-3.2-1b, ...", group="What is trained")
+    model: str = option(help="a preset, a model's directory, or a JSON file of a shape", group="What is trained")
     devices: int = option(8, help="devices of the cluster: dp x pp x sp x tp", low=1, group="On what")
     profile: str = option(
         "h100", help="v100, a100-40gb, a100-80gb, h100, h200, b200, l4, measured, or a file", group="On what"
@@ -224,7 +224,7 @@ class PlanOptions(Options):
     )
     lora_rank: int = option(0, help="of adapters that alone are trained; 0: all is", low=0)
     top: int = option(10, help="layouts to show", low=1)
-    out: Path | None = option(None, help="write the best as a configuration of `minispeed sft`", metavar="FILE")
+    out: Path | None = option(None, help="write the best as a configuration of sft and simulate", metavar="FILE")
     json: bool = option(False, help="print JSON in place of the text")
     dp: int | None = option(None, help="replicas: leave the rest open", low=1, group=FIXED)
     pp: int | None = option(None, help="ranks that share the depth", low=1, group=FIXED)

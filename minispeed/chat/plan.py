@@ -104,13 +104,15 @@ def sft_options(job: Job) -> dict[str, Any]:
 
 
 def write_config(path: Path, options: PlanOptions, found: Found) -> None:
-    """Write the best as the block of a configuration that `minispeed sft --config` reads.
+    """Write the best as a configuration: the blocks that `minispeed sft` and `minispeed simulate --config` read.
 
     Raises  UserError if there is a file already
     """
     job = found.ranked[0].job
     block = {"model": options.model, "dtype": job.dtype, "seq": job.tokens, "batch": job.rows, **sft_options(job)}
+    simulated = {name: value for name, value in block.items() if name not in ("ranks", "dp", "offload_param")}
+    simulated |= {"devices": job.devices, "profile": options.profile or found.request.profile.name}
     block |= {"lora_rank": job.lora_rank} if job.lora_rank else {}
     if path.exists():
         raise UserError(f"{path} is there already", fix=f"another --out, or remove {path}")
-    path.write_text(json.dumps({"sft": block}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"sft": block, "simulate": simulated}, indent=1) + "\n", encoding="utf-8")

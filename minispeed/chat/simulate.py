@@ -9,11 +9,11 @@ from pathlib import Path
 
 from minispeed.axes import Layout
 from minispeed.chat.commands import SimulateOptions
+from minispeed.chat.shape import shape_of
 from minispeed.config import read_config
 from minispeed.errors import UserError
 from minispeed.figures import draw_timelines
 from minispeed.ledger.job import Job
-from minispeed.model.presets import preset
 from minispeed.pipeline.actions import Kind
 from minispeed.pipeline.timeline import Timeline
 from minispeed.plan.step import Step, step
@@ -53,7 +53,7 @@ def job_of(options: SimulateOptions, profile: Profile) -> Job:
         tp=options.tp,
         tokens=options.sequence_parallel,
     )
-    model, replicas = preset(options.model), layout.mesh(options.devices).dp
+    model, replicas = shape_of(options.model), layout.mesh(options.devices).dp
     values = {name: getattr(options, name) for name in GIVEN} | {"prefetch": 0, "persistence": 0, "overlap": True}
     if options.deepspeed is not None:
         values |= _from_deepspeed(options.deepspeed, values, replicas)

@@ -13,16 +13,17 @@ CHUNK = 1024  # tokens whose logits exist at once
 def logits(of: Setting, supervised: int) -> int:
     """Return what the loss's backward needs beside what is kept: logits, and the gradients of features and head.
 
-    A chunk's logits, their softmax and its product with the losses' gradients, in w bytes; the gradient of the head in
-    w, cast at the end. The second chunk begins while the first one's are still there.
+    A chunk's logits, their softmax and its product with the losses' gradients, in w bytes, cast at the end; of the
+    chunk before there are the logits until its own are made, and the gradients of those until it has its own.
     """
     e, w, D = of.e, of.w, of.config.model_dim
-    V = -(-of.config.vocab_size // of.t)
-    pairs = min(CHUNK, max(1, supervised)) * V
-    again = supervised > CHUNK and e == w
-    in_chunk = pairs * (3 * w + (e if e < w else again * w))
-    at_end = pairs * (w + e * (e < w) + w * (e == w)) + V * D * e
-    return V * D * w + supervised * D * e + max(in_chunk, at_end)
+    V, cast = -(-of.config.vocab_size // of.t), e * (e < w)
+    one = min(CHUNK, max(1, supervised)) * V
+    last = (supervised - 1) % CHUNK + 1 if supervised else 1
+    two = min(CHUNK, max(0, supervised - CHUNK)) * V  # in the second chunk
+    in_chunks = max(one * (3 * w + cast), one * (w + e) + two * (w + cast), one * e + two * (3 * w + cast))
+    at_end = last * V * (w + e) + V * D * e
+    return V * D * w + supervised * D * e + max(in_chunks, at_end)
 
 
 def rooms(sizes: Sequence[int], *, overlap: bool = True) -> int:
