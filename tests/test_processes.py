@@ -1,5 +1,7 @@
 """Laws of process ranks on gloo: the same results as thread ranks, truly asynchronous, a failure named."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -213,3 +215,29 @@ def test_the_flight_record_outlives_its_writer(tmp_path):
     operation = recorder.begin("d")
     assert last_operation(path) == operation
     assert f"{__file__}:" in operation.site
+
+
+ORPHANS = """
+import os, sys, time
+from minispeed import launch
+
+def sleep(world):
+    print(os.getpid(), flush=True)
+    time.sleep(10_000)
+
+if __name__ == "__main__":
+    launch(sleep, ranks=2, backend="gloo")
+"""
+
+
+@pytest.mark.timeout(120)
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path):
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    launcher = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    assert all(int(launcher.stdout.readline()) for _ in range(2))
+    launcher.kill()
+    launcher.wait()
+    assert launcher.stdout.read() == ""  # which ends when no rank holds the pipe any more: all have ended
+    launcher.stdout.close()

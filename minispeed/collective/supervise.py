@@ -8,11 +8,13 @@ to the operation in which the others waited until their timeout.
 import contextlib
 import faulthandler
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -124,7 +126,8 @@ def start(post: Post, live: Callable[..., None], *args: Any) -> Rank:
     """Start the process that stands at `post` and runs `live(post, pipe, *args)`."""
     context = get_context("spawn")
     pipe, far_end = context.Pipe()
-    process = context.Process(target=live, args=(post, far_end, *args), name=f"rank {post.rank}", daemon=True)
+    name, whole = f"rank {post.rank}", (live, post, far_end, *args)
+    process = context.Process(target=_live_with_launcher, args=whole, name=name, daemon=True)
     process.start()
     far_end.close()  # so that the pipe ends with the process
     return Rank(post, process, pipe)
@@ -174,6 +177,19 @@ def check_shippable(fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
 
 
 _FIX = 'backend="threads", which runs any function, or a function at the top level of a file'
+
+
+def _live_with_launcher(live: Callable[..., None], *args: Any) -> None:
+    """Live, but not longer than the launcher: who is killed stops nobody."""
+
+    def follow() -> None:
+        launcher = multiprocessing.parent_process()
+        assert launcher is not None
+        launcher.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    live(*args)
 
 
 def _live(post: Post, pipe: Connection, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
