@@ -12,8 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorials"))
 
 import book
+import examiner
 import experiment
-import laws
 import learn
 import weave
 
@@ -48,7 +48,7 @@ def test_a_quick_run_ends_and_writes_nothing(chapter):
 
 @EACH
 def test_the_solution_keeps_every_law_and_the_stubs_keep_none(chapter, pytestconfig):
-    examples, tried = pytestconfig.getoption("--examples"), laws.laws_of(chapter.module("test_exercise"))
+    examples, tried = pytestconfig.getoption("--examples"), examiner.laws_of(chapter.module("test_exercise"))
     assert tried
     for law in tried:
         assert law.check(chapter.module("solution"), examples=examples).kind == "holds", law.sentence
@@ -173,7 +173,7 @@ def test_an_error_in_the_readers_code_is_named_with_its_line(mine, monkeypatch, 
 
 def test_hints_go_from_a_nudge_to_the_answer_and_end_when_all_is_done(mine, monkeypatch, capsys):
     words = [said(monkeypatch, capsys, "00", "--hint", number)[1] for number in ("1", "2", "3")]
-    first = laws.laws_of(FIRST.module("test_exercise"))[0]
+    first = examiner.laws_of(FIRST.module("test_exercise"))[0]
     assert all(hint in text for hint, text in zip(first.hints, words))
     mine.write_bytes((FIRST.folder / "solution.py").read_bytes())
     assert said(monkeypatch, capsys, "00", "--hint") == (

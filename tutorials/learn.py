@@ -18,7 +18,7 @@ import torch
 from book import ROOT, Chapter, chapters, digest, find, load
 
 try:
-    from laws import Law, Verdict, describe, laws_of
+    from examiner import Law, Verdict, describe, laws_of
 except ImportError:
     raise SystemExit('learn.py draws inputs with hypothesis, which is not here: python -m pip install -e ".[dev]"')
 

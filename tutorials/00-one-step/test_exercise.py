@@ -5,8 +5,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from examiner import law, same
 from hypothesis import strategies as st
-from laws import law, same
 from tracing import Kept, storage_bytes
 
 from minispeed.model.config import GPTConfig
