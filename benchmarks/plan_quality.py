@@ -201,7 +201,10 @@ def main() -> None:
         found = {n: launch(measure, options.quick, 1, tuple(DTYPES), ranks=n, backend="gloo") for n in (1, 2, RANKS)}
         profile = profile_of(found, on_gpu=False)
     names, visits, limit = (["words"], 1, 6) if options.quick else (options.models, options.visits, None)
-    rows = {name: compare(name, profile, visits, STEPS, limit) for name in names}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        rows[name] = compare(name, profile, visits, STEPS, limit)
+        print(table(rows[name][:5] + rows[name][-1:]), flush=True)
     answers = [summary(of) for of in rows.values()]
     if options.quick:
         print(table(answers))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from minispeed.chat import auto
 from minispeed.chat.auto import open_ones, plan_run
@@ -43,6 +43,7 @@ def test_each_way_to_say_auto_opens_what_it_names(tmp_path):
         options_of("--seq", "auto")
 
 
+@settings(max_examples=settings.default.max_examples // 4)
 @given(
     st.sampled_from([1, 2, 3, 4, 8]),
     st.lists(

@@ -7,9 +7,9 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
-from minispeed.__main__ import main
+from minispeed.__main__ import COMMANDS, main
 from minispeed.chat.commands import SftOptions
 from minispeed.errors import UserError
 from minispeed.ledger.memory import peak
@@ -21,7 +21,7 @@ from minispeed.plan.estimate import Estimator
 from minispeed.plan.report import why_not
 from minispeed.plan.request import Request, choices, line_of
 from minispeed.plan.search import fits, search
-from minispeed.plan.space import all_jobs, is_able, job_of, layouts, settings
+from minispeed.plan.space import all_jobs, is_able, job_of, layouts, settings as open_settings
 from minispeed.plan.step import step
 from minispeed.plan.why import changes
 from minispeed.profiles import load
@@ -65,6 +65,7 @@ def said(job):
     return [(name, value) for name, value in known.items() if name not in empty]
 
 
+@settings(max_examples=settings.default.max_examples // 4)
 @given(requests())
 def test_the_search_finds_what_looking_at_each_candidate_finds(request):
     estimator, found = Estimator(request), search(request)
@@ -87,11 +88,12 @@ def test_the_search_finds_what_looking_at_each_candidate_finds(request):
         assert min(one.memory.total for one in found.least.values()) == min(peak(job).total for job in jobs)
 
 
+@settings(max_examples=settings.default.max_examples // 4)
 @given(requests())
 def test_a_table_holds_the_estimate_of_each_of_its_candidates(request):
     estimator = Estimator(request)
     for layout in layouts(request)[0]:
-        open_ones = settings(request, layout)
+        open_ones = open_settings(request, layout)
         if not all(open_ones):
             continue
         totals = estimator.totals(layout, open_ones)
@@ -106,6 +108,7 @@ def test_a_table_holds_the_estimate_of_each_of_its_candidates(request):
                             assert totals[z, o, r, b] == pytest.approx(one.total, rel=1e-12)
 
 
+@settings(max_examples=settings.default.max_examples // 4)
 @given(requests(most=8))
 def test_without_a_pipeline_an_estimate_is_what_simulating_says(request):
     estimator = Estimator(request)
@@ -202,7 +205,8 @@ def test_the_command_prints_a_plan_and_writes_a_configuration_that_sft_takes(tmp
     assert main([*ARGS, "--memory", "8GiB", "--out", str(out), "--top", "3"]) == 0
     printed = capsys.readouterr().out
     assert "of 8.59 GB" in printed and "Why not" in printed and "The best: " in printed
-    options = parse(["--config", str(out), "--data", "chats.jsonl", "--out", str(tmp_path / "run")], SftOptions)
+    words = ["--config", str(out), "--data", "chats.jsonl", "--out", str(tmp_path / "run")]
+    options = parse(words, SftOptions, commands=COMMANDS)
     assert options.ranks == 8 == options.dp * options.pp * options.sp * options.tp
     assert (options.model, options.seq, options.batch) == ("gpt2-large", 1024, 64)
     assert main(["simulate", "--config", str(out)]) == 0

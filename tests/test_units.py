@@ -1,7 +1,7 @@
 """What the ledger says a rank holds of a model, unit by unit, is what the engine makes."""
 
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from minispeed.axes import Layout
 from minispeed.collective.threads import run_threads
@@ -52,6 +52,7 @@ def test_the_parameters_are_the_models_own(config, rank, targets):
     assert {of.name: (of.shape, of.trains) for of in said} == found
 
 
+@settings(max_examples=settings.default.max_examples // 4)
 @given(
     shapes(),
     st.sampled_from([0, 2]),
