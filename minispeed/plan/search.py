@@ -11,6 +11,7 @@ a stage and offload do not fit, the others are not looked at.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,9 +87,12 @@ class Table:
 
     def values(self, place: tuple[int, ...]) -> list[Value]:
         """Return every choice of the candidate at a place."""
-        mesh = self.layout.mesh(self.request.devices)
-        of_settings = [(name, of[at]) for name, of, at in zip(Settings._fields, self.settings, place)]
-        return [*_of_layout(self.layout, mesh.dp), *of_settings]
+        return self.of_layout + [(name, of[at]) for name, of, at in zip(Settings._fields, self.settings, place)]
+
+    @cached_property
+    def of_layout(self) -> list[Value]:
+        """The choices that all candidates share."""
+        return _of_layout(self.layout, self.layout.mesh(self.request.devices).dp)
 
 
 def score(request: Request, job: Job) -> Scored:
