@@ -2,7 +2,7 @@
 
     total                               within 5 %
     parameters, gradients, optimizer    exact, padding included, which has no moments
-    activations                         within 2 % and 8 KiB: masks of whole rows, tokens and other small integers
+    activations                         within 4 % and 8 KiB: masks of whole rows, tokens and other small integers
     buffers                             within 5 % of the total, which is what they are the rest of
 
 Drawn: dp, pp, sp and tp of 1 or 2, to 4 ranks, every schedule, ZeRO stage, recomputation, precision, attention,
@@ -113,7 +113,7 @@ def check(job: Job, found: list[tuple[int, Memory]]) -> None:
         for name in ("parameters", "gradients", "host"):
             assert getattr(says, name) == getattr(counted, name), name
         assert 0 <= says.optimizer - counted.optimizer <= 2 * padding(job, pp_rank) * job.widths.master
-        assert says.activations == pytest.approx(counted.activations, rel=0.02, abs=8192)
+        assert says.activations == pytest.approx(counted.activations, rel=0.04, abs=8192)
         assert abs(says.buffers - counted.buffers) <= 0.05 * counted.total
 
 
